@@ -38,4 +38,12 @@ d = { 'settings': { 'branch': 'main',
                                        'ltbook.measure.report._group_errors': ( 'measure/report.html#_group_errors',
                                                                                 'ltbook/measure/report.py'),
                                        'ltbook.measure.report.measures': ('measure/report.html#measures', 'ltbook/measure/report.py'),
-                                       'ltbook.measure.report.protocol': ('measure/report.html#protocol', 'ltbook/measure/report.py')}}}
+                                       'ltbook.measure.report.protocol': ('measure/report.html#protocol', 'ltbook/measure/report.py')},
+            'ltbook.plots.groups': {'ltbook.plots.groups.plot_groups': ('plots/groups.html#plot_groups', 'ltbook/plots/groups.py')},
+            'ltbook.plots.history': { 'ltbook.plots.history._draw': ('plots/history.html#_draw', 'ltbook/plots/history.py'),
+                                      'ltbook.plots.history._mark_stages': ('plots/history.html#_mark_stages', 'ltbook/plots/history.py'),
+                                      'ltbook.plots.history.plot_history': ('plots/history.html#plot_history', 'ltbook/plots/history.py')},
+            'ltbook.plots.profile': {'ltbook.plots.profile.plot_profile': ('plots/profile.html#plot_profile', 'ltbook/plots/profile.py')},
+            'ltbook.plots.reliability': { 'ltbook.plots.reliability.plot_reliability': ( 'plots/reliability.html#plot_reliability',
+                                                                                         'ltbook/plots/reliability.py')},
+            'ltbook.plots.style': {'ltbook.plots.style.house_axes': ('plots/style.html#house_axes', 'ltbook/plots/style.py')}}}

@@ -1,5 +1,5 @@
 "Class counts, subsets and shot groups against plain re-implementations, and their properties"
-import json, math
+import hashlib, json, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from ltbook.data.checks import UserError
@@ -65,6 +65,7 @@ def test_manifest_is_json_and_the_fingerprint_sees_every_position():
     lt = long_tail(labels, 10)
     d = json.loads(json.dumps(lt.to_dict()))
     assert d['sha256'] == lt.sha256 and len(d['sha256']) == 64 and d['counts'] == lt.counts.tolist() and 'indices' not in d
+    assert lt.sha256 == hashlib.sha256(b''.join(int(i).to_bytes(8, 'little') for i in lt.indices)).hexdigest()
     other = lt.indices.copy(); other[-1] += 1
     assert LongTail(other, lt.counts, 10., 'exp', 0).sha256 != lt.sha256
     assert LongTail(lt.indices.astype('>i8'), lt.counts, 10., 'exp', 0).sha256 == lt.sha256  # bytes are little-endian on every machine

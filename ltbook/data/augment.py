@@ -69,8 +69,8 @@ def mixup(
     permutation: Tensor,  # int64 (B,), each image's partner
 ) -> tuple[Tensor, Tensor, Tensor]:  # mixed images, labels, labels of the partners
     "Mix each image with its partner."
-    partner = x.permute(0, 2, 3, 1).index_select(0, permutation).permute(0, 3, 1, 2)  # stays channels last
-    return torch.lerp(partner, x, torch.as_tensor(lam, dtype=x.dtype, device=x.device)), y, y[permutation]
+    partner = x.permute(0, 2, 3, 1).index_select(0, permutation).permute(0, 3, 1, 2)  # a copy, channels last
+    return partner.lerp_(x, torch.as_tensor(lam, dtype=x.dtype, device=x.device)), y, y[permutation]
 
 # %% ../../nbs/data/05_augment.ipynb #bd22019c
 def cutout(

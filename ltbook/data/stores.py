@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RESERVED', 'PICTURES', 'ImageSet', 'write_h5', 'read_h5', 'import_folder']
 
-# %% ../../nbs/data/02_stores.ipynb #1676ae99
+# %% ../../nbs/data/02_stores.ipynb #420ff0cd
 from dataclasses import dataclass, replace
 from pathlib import Path
-import os
+from uuid import uuid4
 import h5py
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def write_h5(
     if train.classes != test.classes: raise UserError('The training and the test part must have the same classes in the same order.')
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{uuid4().hex[:8]}.part')
     try:
         with h5py.File(part, 'w') as f:
             f.attrs['classes'] = list(train.classes)

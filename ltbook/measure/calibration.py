@@ -47,7 +47,7 @@ def _pair(
     correct: Tensor | np.ndarray,  # (n,) right (1) or wrong (0)
 ) -> tuple[np.ndarray, np.ndarray]:  # both as (n,) float64
     "Both as float64 arrays. Raises `UserError` for other sizes, an empty pair, or a confidence outside 0..1."
-    confidence, correct = (torch.as_tensor(v).detach().cpu().double().numpy() for v in (confidence, correct))
+    confidence, correct = (np.asarray(v.detach().cpu().double() if torch.is_tensor(v) else v, dtype=np.float64) for v in (confidence, correct))
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(correct):
         raise UserError(f'Give n > 0 confidences and as many marks right or wrong; these have the shapes {confidence.shape} and {correct.shape}.')
     if not (confidence.min() >= 0 and confidence.max() <= 1 + 1e-6): raise UserError('Every confidence must lie between 0 and 1; take the softmax of the logits first.')

@@ -55,6 +55,13 @@ def test_arrays_tensors_and_single_precision_agree():
     for k in KEYS: assert c[k] == pytest.approx(a[k], abs=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_the_device_does_not_matter():
+    logits, labels, counts = case(3, 500, 20)
+    here, there = measures(logits, labels, counts), measures(logits.cuda(), labels, counts)
+    for k in KEYS: assert there[k] == pytest.approx(here[k], abs=1e-12)
+
+
 def test_group_without_classes_is_none():
     counts = long_tail_counts(500, 100, 10)  # 50 images in the smallest class
     result = measures(torch.eye(100), torch.arange(100), counts)

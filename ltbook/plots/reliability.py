@@ -30,6 +30,7 @@ def plot_reliability(
     box = [f'{name} {value:.3f}' for name, value in (('top-1', top1), ('ECE', ece)) if value is not None]
     frame = dict(boxstyle='round', facecolor='white', edgecolor='0.7', alpha=0.9)
     if box: ax.text(0.95, 0.06, '\n'.join(box), ha='right', va='bottom', fontsize='small', bbox=frame, transform=ax.transAxes)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal', xlabel='confidence', ylabel='accuracy', title=title)
+    fifths = [i / 5 for i in range(6)]
+    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=fifths, yticks=fifths, aspect='equal', xlabel='confidence', ylabel='accuracy', title=title)
     ax.legend(loc='upper left', fontsize='small', framealpha=0.9, edgecolor='none', handlelength=1.2)
     return ax

@@ -23,7 +23,8 @@ def pad_images(
     "Pad all images and store them channels last; `UserError` if there is too little to reflect."
     one_of(mode, PAD_MODES, 'padding')
     x = images.permute(0, 2, 3, 1)
-    if pad < 0 or ('reflect' in mode and pad >= min(x.shape[1:3])): raise UserError(f'Images of {x.shape[1]} pixels cannot be padded by {pad} with mode {mode!r}.')
+    if pad < 0 or ('reflect' in mode and pad >= min(x.shape[1:3])):
+        raise UserError(f'Images of {x.shape[1]} pixels cannot be padded by {pad} with mode {mode!r}.')
     if 'reflect' in mode:
         mirror = [n - 1 - (n - 1 - torch.arange(-pad, n + pad, device=x.device).abs()).abs() for n in x.shape[1:3]]
         x = x[:, mirror[0]][:, :, mirror[1]]
@@ -68,8 +69,8 @@ def mixup(
     permutation: Tensor,  # int64 (B,), each image's partner
 ) -> tuple[Tensor, Tensor, Tensor]:  # mixed images, labels, labels of the partners
     "Mix each image with its partner."
-    partner = x.permute(0, 2, 3, 1)[permutation].permute(0, 3, 1, 2)
-    return lam * x + (1 - lam) * partner, y, y[permutation]
+    partner = x.permute(0, 2, 3, 1).index_select(0, permutation).permute(0, 3, 1, 2)  # a copy, channels last
+    return partner.lerp_(x, torch.as_tensor(lam, dtype=x.dtype, device=x.device)), y, y[permutation]
 
 # %% ../../nbs/data/05_augment.ipynb #bd22019c
 def cutout(
@@ -102,7 +103,8 @@ class TrainView:
     ):
         self.size, device = data.images.shape[-1], data.images.device
         if mixup_alpha < 0: raise UserError(f'mixup_alpha must not be negative, got {mixup_alpha}.')
-        if not 0 <= cutout_side <= self.size: raise UserError(f'cutout_side must lie between 0 and the image side {self.size}, got {cutout_side}.')
+        if not 0 <= cutout_side <= self.size:
+            raise UserError(f'cutout_side must lie between 0 and the image side {self.size}, got {cutout_side}.')
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
         self.padded, self.labels = pad_images(data.images, pad, pad_mode), data.labels
         self.flip, self.mixup_alpha, self.cutout_side = flip, mixup_alpha, cutout_side
@@ -117,7 +119,7 @@ class TrainView:
         plan[0] = index
         plan[1:3] = rng.integers(self.padded.shape[1] - self.size + 1, size=(2, b))
         if self.flip: plan[3] = rng.integers(2, size=b)
-        if self.cutout_side: plan[4:6] = rng.integers(-(self.cutout_side // 2), self.size - self.cutout_side, size=(2, b), endpoint=not self.size > self.cutout_side)
+        if self.cutout_side: plan[4:6] = rng.integers(-(self.cutout_side // 2), max(self.size - self.cutout_side, 1), size=(2, b))
         lam = 1.
         if self.mixup_alpha: lam, plan[6] = rng.beta(self.mixup_alpha, self.mixup_alpha), rng.permutation(b)
         return torch.from_numpy(plan), torch.tensor(lam, dtype=torch.float32)

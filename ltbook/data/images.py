@@ -66,15 +66,17 @@ def _download_cifar(name, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{name}-') as tmp:
             raw = [fetch(tmp, train=train, download=True) for train in (True, False)]
-            parts = [ImageSet(torch.from_numpy(r.data).permute(0, 3, 1, 2), torch.tensor(r.targets), tuple(r.classes)) for r in raw]
+            images = [torch.from_numpy(r.data).permute(0, 3, 1, 2) for r in raw]
+            parts = [ImageSet(x, torch.tensor(r.targets), tuple(r.classes)) for x, r in zip(images, raw)]
             write_h5(path, *parts, source='official archive by torchvision, original order')
     except (OSError, RuntimeError) as e:
-        raise UserError(f'{name} could not be downloaded ({e}); put {path.name} into {path.parent}, or set LTBOOK_DATA to the folder that holds it.') from e
+        hint = f'put {path.name} into {path.parent}, or set LTBOOK_DATA to the folder that holds it'
+        raise UserError(f'{name} could not be downloaded ({e}); {hint}.') from e
 
 def _moments(images):
     "Mean and standard deviation of each channel, in [0, 1], from exact byte counts"
     v = np.arange(256) / 255
-    shares = [np.bincount(c.reshape(-1).numpy(), minlength=256) / c.numel() for c in images.unbind(1)]
+    shares = [torch.bincount(c.flatten(), minlength=256).numpy() / c.numel() for c in images.unbind(1)]
     mean = tuple(float(p @ v) for p in shares)
     return mean, tuple(float(np.sqrt(p @ (v - m) ** 2)) or 1. for p, m in zip(shares, mean))
 
@@ -92,12 +94,14 @@ def load_images(
         if not path.is_file(): _download_cifar(name, path)
         train, test, attrs = read_h5(path)
     known = dict(DATASETS.get(name) or _own(train, attrs))
-    if train.n_classes != known.pop('n_classes', train.n_classes): raise UserError(f'{path} has {train.n_classes} classes and is not {name}; rename it.')
+    if train.n_classes != known.pop('n_classes', train.n_classes):
+        raise UserError(f'{path} has {train.n_classes} classes and is not {name}; rename it.')
     return ImageData(name, train, test, **known, source=str(attrs.get('source', f'{name}.h5')))
 
 def _own(train, attrs):
     "Constants of a file of one's own: its attributes, or what the training part says"
     own = {k: tuple(float(v) for v in np.atleast_1d(attrs[k])) for k in ('mean', 'std') if k in attrs}
     if len(own) < 2: own = dict(zip(('mean', 'std'), _moments(train.images)))
-    if any(len(v) != train.images.shape[1] for v in own.values()): raise UserError('The attributes mean and std of the file need one number for each channel.')
+    if any(len(v) != train.images.shape[1] for v in own.values()):
+        raise UserError('The attributes mean and std of the file need one number for each channel.')
     return dict(own, pad=int(attrs.get('pad', train.images.shape[-1] // 8)), flip=bool(attrs.get('flip', False)), imbalance=None)

@@ -23,11 +23,11 @@ def long_tail_counts(
     one_of(kind, ['exp', 'step'], 'profile')
     if n_classes < 2: raise UserError(f'A long tail needs at least 2 classes, got {n_classes}.')
     if not 1 <= imbalance < float('inf'):
-        raise UserError(f'The imbalance is the largest class over the smallest, so it must be at least 1, got {imbalance} (did you mean 1/{imbalance}?).')
-    power = [k / (n_classes - 1) for k in range(n_classes)] if kind == 'exp' else [float(k >= n_classes // 2) for k in range(n_classes)]
+        raise UserError(f'The imbalance is largest over smallest class and finite, so at least 1, got {imbalance} (did you mean 1/{imbalance}?).')
+    power = [k / (n_classes - 1) if kind == 'exp' else float(k >= n_classes // 2) for k in range(n_classes)]
     counts = np.array([int(n_max * (1 / imbalance) ** p) for p in power], dtype=np.int64)
     if counts.min() < 1:
-        raise UserError(f'An imbalance of {imbalance} leaves class {counts.argmin()} without images; with {n_max:g} images in the largest class use at most {n_max:g}.')
+        raise UserError(f'Imbalance {imbalance} leaves class {counts.argmin()} without images; use one below the largest class size, {n_max:g}.')
     return counts
 
 # %% ../../nbs/data/01_profile.ipynb #632b3551
@@ -92,6 +92,6 @@ def shot_groups(
     else:
         order = np.argsort(-counts, kind='stable')
         if rule == 'mislas' and len(counts) not in MISLAS_CUTS:
-            raise UserError(f'The rule "mislas" has no cuts for {len(counts)} classes, only for {sorted(MISLAS_CUTS)}; use "100/20" or "thirds".')
+            raise UserError(f'The rule "mislas" has cuts only for {sorted(MISLAS_CUTS)} classes, not for {len(counts)}; use "100/20" or "thirds".')
         parts = np.array_split(order, 3 if rule == 'thirds' else MISLAS_CUTS[len(counts)])
     return {name: np.sort(ids).astype(np.int64) for name, ids in zip(('many', 'medium', 'few'), parts)}

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['class_uniform', 'square_root', 'reversed_frequency', 'SAMPLERS', 'Sampler', 'InstanceBalanced', 'ClassAwareSampler',
-           'ClassProbability', 'ProgressivelyBalanced']
+           'ClassProbability', 'power_law', 'ProgressivelyBalanced']
 
-# %% ../../nbs/data/04_sampling.ipynb #89fdea8b
+# %% ../../nbs/data/04_sampling.ipynb #a53e24b7
+from functools import partial
 import numpy as np
 from .checks import UserError
 
-# %% ../../nbs/data/04_sampling.ipynb #207c37a1
+# %% ../../nbs/data/04_sampling.ipynb #f9fee711
 class Sampler:
-    "A stream of positions, epoch by epoch; `UserError` if a class is empty. Subclasses define `epoch` and name the state they keep in `_keep`."
-    _keep: tuple[str, ...] = ()
+    "A stream of positions, epoch by epoch; `UserError` if a class is empty. Subclasses define `epoch`."
+    _keep: tuple[str, ...] = ()  # names of what a subclass remembers between epochs
     def __init__(
         self,
         labels,  # (n,) ints 0..K-1, array or tensor
@@ -24,8 +25,10 @@ class Sampler:
         if not len(self.labels): raise UserError('A sampler needs at least one image.')
         if self.labels.min() < 0: raise UserError(f'Labels start at 0, got {self.labels.min()}.')
         self.counts = np.bincount(self.labels)
-        if self.counts.min() < 1: raise UserError(f'Class {self.counts.argmin()} has no images to draw; give every class from 0 to {len(self.counts) - 1} some.')
-        self.n_draws, self.rng = len(self.labels) if n_draws is None else int(n_draws), np.random.default_rng(seed)
+        if self.counts.min() < 1:
+            raise UserError(f'Class {self.counts.argmin()} has no images to draw; give every class from 0 to {len(self.counts) - 1} some.')
+        self.rng = np.random.default_rng(seed)
+        self.n_draws = len(self.labels) if n_draws is None else int(n_draws)
         if self.n_draws < 1: raise UserError(f'An epoch needs at least one draw, got {n_draws}.')
         self.by_class = np.argsort(self.labels, kind='stable')  # positions, class after class
         self.starts = np.cumsum(self.counts) - self.counts
@@ -37,7 +40,8 @@ class Sampler:
         return {'rng': self.rng.bit_generator.state, **{k: np.asarray(getattr(self, k)).tolist() for k in self._keep}}
     def load_state_dict(self, state: dict):
         "Go on where another sampler of the same kind and labels has stopped."
-        if state.keys() != {'rng', *self._keep}: raise UserError(f'This state belongs to another sampler than {type(self).__name__}: it has {sorted(state)}.')
+        if state.keys() != {'rng', *self._keep}:
+            raise UserError(f'This state belongs to another sampler than {type(self).__name__}: it has {sorted(state)}.')
         for k in self._keep:
             if np.shape(state[k]) != np.shape(getattr(self, k)): raise UserError(f'This state belongs to other labels: {k} does not fit.')
             setattr(self, k, np.array(state[k], dtype=np.int64) if np.ndim(state[k]) else state[k])
@@ -101,27 +105,26 @@ class ClassProbability(Sampler):
         super().__init__(labels, seed, n_draws)
         p = np.asarray(probabilities, dtype=np.float64)
         if p.shape != self.counts.shape: raise UserError(f'{len(self.counts)} classes need as many probabilities, got shape {p.shape}.')
-        if not (np.isfinite(p).all() and (p >= 0).all() and p.sum() > 0): raise UserError('Class probabilities must be finite, not negative and not all zero.')
+        if not (np.isfinite(p).all() and (p >= 0).all() and p.sum() > 0):
+            raise UserError('Class probabilities must be finite, not negative and not all zero.')
         self.probabilities = p / p.sum()
     def epoch(self) -> np.ndarray:
         k = self.rng.choice(len(self.counts), self.n_draws, p=self.probabilities)
         return self.by_class[self.starts[k] + self.rng.integers(self.counts[k])]
 
-# %% ../../nbs/data/04_sampling.ipynb #5413f913
-def _power(q, doc):
-    "Constructor of a `ClassProbability` with p_j proportional to n_j ** q"
-    def make(
-        labels,  # (n,) ints 0..K-1
-        seed: int = 0,  # seed of the sampler's own generator
-        n_draws: int | None = None,  # positions an epoch; default n
-    ) -> ClassProbability:
-        return ClassProbability(labels, Sampler(labels).counts.astype(float) ** q, seed, n_draws)
-    make.__doc__ = doc
-    return make
+# %% ../../nbs/data/04_sampling.ipynb #ae02fca8
+def power_law(
+    labels,  # (n,) ints 0..K-1
+    seed: int = 0,  # seed of the sampler's own generator
+    n_draws: int | None = None,  # positions an epoch; default n
+    q: float = 1.,  # 1 instance, 1/2 square root, 0 class, -1 reversed
+) -> ClassProbability:  # a sampler
+    "Draw classes in proportion to their counts to the power of q."
+    return ClassProbability(labels, Sampler(labels).counts.astype(float) ** q, seed, n_draws)
 
-class_uniform = _power(0, 'Every class with the same probability (q = 0).')
-square_root = _power(0.5, 'Classes in proportion to the square root of their counts (q = 1/2).')
-reversed_frequency = _power(-1, 'Classes in inverse proportion to their counts (q = -1).')
+class_uniform = partial(power_law, q=0.)
+square_root = partial(power_law, q=0.5)
+reversed_frequency = partial(power_law, q=-1.)
 
 # %% ../../nbs/data/04_sampling.ipynb #45ea7745
 class ProgressivelyBalanced(ClassProbability):

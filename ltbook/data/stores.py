@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RESERVED', 'PICTURES', 'ImageSet', 'write_h5', 'read_h5', 'import_folder']
 
-# %% ../../nbs/data/02_stores.ipynb #1676ae99
+# %% ../../nbs/data/02_stores.ipynb #420ff0cd
 from dataclasses import dataclass, replace
 from pathlib import Path
-import os
+from uuid import uuid4
 import h5py
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ class ImageSet:
     classes: tuple[str, ...]  # K names in label order
     def __post_init__(self):
         x, y = self.images, self.labels
-        if x.dtype != torch.uint8 or x.ndim != 4: raise UserError(f'images must be uint8 with 4 axes, not {x.dtype} with shape {tuple(x.shape)}.')
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise UserError(f'images must be uint8 with 4 axes, not {x.dtype} with shape {tuple(x.shape)}.')
         if x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3]:
             raise UserError(f'images must be square with 1 or 3 channels, not {x.shape[2]} x {x.shape[3]} with {x.shape[1]} channels.')
         if y.dtype != torch.int64 or y.ndim != 1: raise UserError(f'labels must be int64 with 1 axis, not {y.dtype} with shape {tuple(y.shape)}.')
@@ -53,7 +54,7 @@ def write_h5(
     if train.classes != test.classes: raise UserError('The training and the test part must have the same classes in the same order.')
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{uuid4().hex[:8]}.part')
     try:
         with h5py.File(part, 'w') as f:
             f.attrs['classes'] = list(train.classes)
@@ -75,19 +76,23 @@ def read_h5(
     try:
         with h5py.File(path, 'r') as f:
             if 'classes' not in f.attrs: raise UserError(f'{path} has no attribute "classes" with the class names; add it.')
-            classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in f.attrs['classes'])
+            classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in np.atleast_1d(f.attrs['classes']))
             parts = [_part(f, name, classes, path) for name in ('train', 'test')]
             attrs = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in f.attrs.items() if k != 'classes'}
-    except OSError as e: raise UserError(f'{path} cannot be read ({e}); it is damaged or cut short, so write or download it again.') from e
-    if (parts[0].counts == 0).any(): raise UserError(f'{path}: class {classes[parts[0].counts.argmin()]!r} has no training images; add some or drop the class.')
-    if parts[0].images.shape[1:] != parts[1].images.shape[1:]: raise UserError(f'{path}: train and test images differ in shape; resize one part.')
+    except (OSError, KeyError, RuntimeError) as e:
+        raise UserError(f'{path} cannot be read ({e}); it is damaged or cut short, so write or download it again.') from e
+    if (parts[0].counts == 0).any():
+        raise UserError(f'{path}: class {classes[parts[0].counts.argmin()]!r} has no training images; add some or drop the class.')
+    if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
+        raise UserError(f'{path}: train and test images differ in shape; resize one part.')
     return *parts, attrs
 
 def _part(f, name, classes, path):
     "One part of an open file as an `ImageSet`"
     arrays = []
     for key, dtype, ndim in ((f'{name}/images', np.uint8, 4), (f'{name}/labels', np.int64, 1)):
-        if not isinstance(f.get(key), h5py.Dataset): raise UserError(f'{path} has no {key}; it must hold train/ and test/, each with images and labels.')
+        if not isinstance(f.get(key), h5py.Dataset):
+            raise UserError(f'{path} has no {key}; it must hold train/ and test/, each with images and labels.')
         d = f[key]
         if d.dtype != dtype or d.ndim != ndim:
             raise UserError(f'{path}: {key} must be {np.dtype(dtype).name} with {ndim} axes, not {d.dtype} with shape {d.shape}; convert it.')
@@ -102,7 +107,8 @@ PICTURES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '
 
 def _pictures(folder):
     "Class name -> sorted picture files of one folder of class folders"
-    found = {d.name: sorted(p for p in d.iterdir() if p.suffix.lower() in PICTURES) for d in sorted(folder.iterdir()) if d.is_dir() and d.name[0] != '.'}
+    classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and d.name[0] != '.']
+    found = {d.name: sorted(p for p in d.iterdir() if p.suffix.lower() in PICTURES) for d in classes}
     if len(found) < 2: raise UserError(f'{folder} must hold at least 2 class folders, found {len(found)}.')
     for name, files in found.items():
         if not files: raise UserError(f'{folder/name} holds no pictures ({", ".join(sorted(PICTURES))}); add some or remove the folder.')
@@ -137,7 +143,8 @@ def import_folder(
     if not 0 < test_fraction < 1: raise UserError(f'test_fraction must lie between 0 and 1, got {test_fraction}.')
     if (folder/'train').is_dir() and (folder/'test').is_dir():
         train, test = _pictures(folder/'train'), _pictures(folder/'test')
-        if odd := sorted(train.keys() ^ test.keys()): raise UserError(f'{folder}: train/ and test/ must have the same class folders; look at {", ".join(odd)}.')
+        if odd := sorted(train.keys() ^ test.keys()):
+            raise UserError(f'{folder}: train/ and test/ must have the same class folders; look at {", ".join(odd)}.')
     else:
         train, test, rng = {}, {}, np.random.default_rng(seed)
         for c, files in _pictures(folder).items():

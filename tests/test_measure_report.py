@@ -12,12 +12,14 @@ from ltbook.data.profile import long_tail_counts, shot_groups
 from ltbook.measure.calibration import calibration_error, confidences
 from ltbook.measure.report import measures, protocol
 
-KEYS = ['top1', 'many', 'medium', 'few', 'ece15', 'mce15', 'aece15', 'cwece15', 'ece15_many', 'ece15_medium', 'ece15_few', 'nll', 'brier', 'per_class', 'n']
+KEYS = ['top1', 'many', 'medium', 'few', 'ece15', 'mce15', 'aece15', 'cwece15', 'ece15_many', 'ece15_medium', 'ece15_few',
+        'nll', 'brier', 'per_class', 'n']
 
 
 def case(seed, n, C):
     g = torch.Generator().manual_seed(seed)
-    return 3 * torch.randn(n, C, generator=g, dtype=torch.float64), torch.randint(C, (n,), generator=g), torch.randint(5, 300, (C,), generator=g).numpy()
+    logits, labels = 3 * torch.randn(n, C, generator=g, dtype=torch.float64), torch.randint(C, (n,), generator=g)
+    return logits, labels, torch.randint(5, 300, (C,), generator=g).numpy()
 
 
 @settings(max_examples=40, deadline=None)

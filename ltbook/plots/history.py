@@ -23,7 +23,8 @@ def _draw(
 ) -> None:
     "A line through the values of one column that are there."
     there = history[column].reset_index(drop=True).dropna()
-    ax.plot(there.index + 1, there, marker='.' if len(there) <= 40 else None, markersize=4, linewidth=1.3, label=column.removeprefix('test_'), **style)
+    marker = '.' if len(there) <= 40 else None
+    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, label=column.removeprefix('test_'), **style)
 
 def _mark_stages(
     stages: pd.Series,  # name of the stage in each row
@@ -56,5 +57,6 @@ def plot_history(
             right.set_ylabel('training loss', color='0.5')
     if 'stage' in history: _mark_stages(history['stage'], ax)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if columns: ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.17), ncols=4, fontsize='small', frameon=False, handlelength=1.2, columnspacing=1)
+    if columns:
+        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.17), ncols=4, fontsize='small', frameon=False, handlelength=1.2, columnspacing=1)
     return ax

@@ -24,8 +24,8 @@ def plot_reliability(
     seen = bins[bins['count'] > 0]
     style = dict(width=seen.upper - seen.lower, align='edge', linewidth=0.5)
     ax.bar(seen.lower, seen.accuracy, color=COLORS[9], edgecolor='white', label='accuracy', **style)
-    ax.bar(seen.lower, seen.gap, bottom=seen[['accuracy', 'confidence']].min(axis=1), facecolor=to_rgba(COLORS[3], 0.35), edgecolor=COLORS[3], hatch='////',
-           label='gap', **style)
+    ax.bar(seen.lower, seen.gap, bottom=seen[['accuracy', 'confidence']].min(axis=1), facecolor=to_rgba(COLORS[3], 0.35), edgecolor=COLORS[3],
+           hatch='////', label='gap', **style)
     ax.plot([0, 1], [0, 1], linestyle='--', color='0.35', linewidth=1)
     box = [f'{name} {value:.3f}' for name, value in (('top-1', top1), ('ECE', ece)) if value is not None]
     frame = dict(boxstyle='round', facecolor='white', edgecolor='0.7', alpha=0.9)

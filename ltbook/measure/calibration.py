@@ -38,7 +38,7 @@ def confidences(
     "The largest probability of each sample and the class it belongs to. Raises `UserError` where a probability is nan."
     logits = torch.as_tensor(logits).detach()
     confidence = torch.cat([_softmax(logits[rows]).amax(1) for rows in _blocks(logits)])
-    if confidence.isnan().any(): raise UserError('Some logits are nan or infinite, so there are no probabilities; look at the training, it has probably diverged.')
+    if confidence.isnan().any(): raise UserError('Some logits are nan or infinite: look at the training, it has probably diverged.')
     return confidence, logits.argmax(1)
 
 # %% ../../nbs/measure/32_calibration.ipynb #25f9734e
@@ -47,10 +47,11 @@ def _pair(
     correct: Tensor | np.ndarray,  # (n,) right (1) or wrong (0)
 ) -> tuple[np.ndarray, np.ndarray]:  # both as (n,) float64
     "Both as float64 arrays. Raises `UserError` for other sizes, an empty pair, or a confidence outside 0..1."
-    confidence, correct = (torch.as_tensor(v).detach().cpu().double().numpy() for v in (confidence, correct))
+    confidence, correct = (np.asarray(v.detach().cpu().double() if torch.is_tensor(v) else v, dtype=np.float64) for v in (confidence, correct))
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(correct):
         raise UserError(f'Give n > 0 confidences and as many marks right or wrong; these have the shapes {confidence.shape} and {correct.shape}.')
-    if not (confidence.min() >= 0 and confidence.max() <= 1 + 1e-6): raise UserError('Every confidence must lie between 0 and 1; take the softmax of the logits first.')
+    if not (confidence.min() >= 0 and confidence.max() <= 1 + 1e-6):
+        raise UserError('Every confidence must lie between 0 and 1; take the softmax of the logits first.')
     return confidence.clip(0, 1), correct
 
 def calibration_bins(
@@ -106,7 +107,7 @@ def classwise_calibration_error(
     gap = torch.zeros(C * n_bins, dtype=torch.float64, device=labels.device)
     for rows in _blocks(probabilities):
         p = probabilities[rows].double()
-        if not (p.min() >= 0 and p.max() <= 1 + 1e-6): raise UserError('Every probability must lie between 0 and 1; take the softmax of the logits first.')
+        if not (p.min() >= 0 and p.max() <= 1 + 1e-6): raise UserError('Every probability must lie between 0 and 1; take the softmax first.')
         cell = torch.bucketize(p, inner) + first
         gap += torch.bincount(cell.flatten(), p.flatten(), len(gap))
         gap -= torch.bincount(cell.gather(1, labels[rows, None]).flatten(), minlength=len(gap))

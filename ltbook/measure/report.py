@@ -44,7 +44,7 @@ def measures(
 ) -> dict[str, float | int | list | None]:  # every measure by name, JSON-able
     "All measures of one model. Raises `UserError` for sizes that don't fit, an unknown rule, or logits with nan."
     logits, labels = as_predictions(logits, labels)
-    if len(counts) != logits.shape[1]: raise UserError(f'There are {len(counts)} class counts but {logits.shape[1]} logits; give one count for each class.')
+    if len(counts) != logits.shape[1]: raise UserError(f'Give one count for each of the {logits.shape[1]} classes; there are {len(counts)}.')
     groups = shot_groups(np.asarray(counts), shot_rule)
     confidence, prediction = confidences(logits)
     correct = prediction == labels

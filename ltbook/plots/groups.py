@@ -22,7 +22,8 @@ def plot_groups(
     for i, (run, values) in enumerate(table.iterrows()):
         at = [j - 0.4 + (i + 0.5) * width for j in range(len(values))]
         spread = None if errors is None else errors.loc[run, table.columns].astype(float)
-        ax.bar(at, values, 0.92 * width, yerr=spread, color=COLORS[i % len(COLORS)], label=str(run), error_kw=dict(ecolor='0.25', elinewidth=1, capsize=2))
+        look = dict(color=COLORS[i % len(COLORS)], hatch='///' * (i // len(COLORS)), edgecolor='white', linewidth=0)  # hatched from the 11th run on
+        ax.bar(at, values, 0.92 * width, yerr=spread, label=str(run), error_kw=dict(ecolor='0.25', elinewidth=1, capsize=2), **look)
         for x in (x for x, missing in zip(at, values.isna()) if missing):
             ax.text(x, 0.01, 'n/a', rotation=90, ha='center', va='bottom', fontsize='small', color='0.4', transform=ax.get_xaxis_transform())
     ax.set_xticks(range(table.shape[1]), table.columns)

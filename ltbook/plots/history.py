@@ -23,7 +23,8 @@ def _draw(
 ) -> None:
     "A line through the values of one column that are there."
     there = history[column].reset_index(drop=True).dropna()
-    ax.plot(there.index + 1, there, marker='.' if len(there) <= 40 else None, markersize=4, linewidth=1.3, label=column.removeprefix('test_'), **style)
+    marker = '.' if len(there) <= 40 else None
+    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, label=column.removeprefix('test_'), **style)
 
 def _mark_stages(
     stages: pd.Series,  # name of the stage in each row
@@ -31,9 +32,10 @@ def _mark_stages(
 ) -> None:
     "A dotted line and a name where a new stage begins."
     first = stages.reset_index(drop=True).drop_duplicates()
+    short = first.index.to_series().diff().min() < 0.15 * len(stages)  # then the names would run into each other
     for row, name in first.items():
         if row: ax.axvline(row + 0.5, color='0.6', linestyle=':', linewidth=1)
-        ax.text(row + 0.7, 1.01, name, transform=ax.get_xaxis_transform(), fontsize='small', color='0.4', va='bottom')
+        ax.text(row + 0.7, 1.01, name, transform=ax.get_xaxis_transform(), fontsize='small', color='0.4', va='bottom', rotation=40 if short else 0)
 
 # %% ../../nbs/plots/74_history.ipynb #9d2708be
 def plot_history(
@@ -45,7 +47,7 @@ def plot_history(
     ax = house_axes(ax, (5.0, 3.0))
     columns = [c for c in ACCURACIES if c in history and history[c].notna().any()] if columns is None else columns
     for i, c in enumerate(columns): _draw(history, c, ax, color=GROUP_COLORS.get(c.removeprefix('test_'), COLORS[3 + i % 7]))
-    ax.set(xlabel='epoch', ylabel='accuracy' if columns else 'training loss')
+    ax.set(xlabel='epoch', xlim=(0, len(history) + 1), ylabel='accuracy' if columns else 'training loss')
     if 'loss' in history:
         right = ax.twinx() if columns else ax
         _draw(history, 'loss', right, color='0.65', zorder=1)
@@ -54,6 +56,7 @@ def plot_history(
             right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
             right.set_ylabel('training loss', color='0.5')
     if 'stage' in history: _mark_stages(history['stage'], ax)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if columns: ax.legend(loc='lower right', bbox_to_anchor=(1, 1.07), ncols=4, fontsize='small', frameon=False, handlelength=1.2, borderaxespad=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if columns:
+        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.17), ncols=4, fontsize='small', frameon=False, handlelength=1.2, columnspacing=1)
     return ax

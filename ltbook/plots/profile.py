@@ -9,6 +9,7 @@ __all__ = ['plot_profile']
 from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from .style import COLORS, GROUP_COLORS, house_axes
 
 # %% ../../nbs/plots/73_profile.ipynb #4ac748e3
@@ -25,5 +26,6 @@ def plot_profile(
         label = f'{name} ({len(ids)} classes)' if name else None
         ax.stairs(height, np.arange(len(counts) + 1), baseline=low, fill=True, color=GROUP_COLORS.get(name, COLORS[i % len(COLORS)]), label=label)
     ax.set(yscale='log', xlim=(0, len(counts)), ylim=(low, None), xlabel='class, by number of images', ylabel='training images')
-    if groups: ax.legend(loc='upper right', fontsize='small', frameon=False, handlelength=1)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if groups: ax.legend(loc='upper right', fontsize='small', framealpha=0.8, edgecolor='none', handlelength=1)
     return ax

@@ -63,9 +63,9 @@ def tau_stage2(
     stage.name, stage.epochs = 'stage2', 0
     return stage
 
-# %% ../../nbs/methods/54_decoupling.ipynb #59836cc8
+# %% ../../nbs/methods/54_decoupling.ipynb #4f848097
 _rows = tuple(Published(d, i, dict(mixup_alpha=1.0), 'MiSLAS, comparison rows +mixup (CVPR 2021); stage-2 rate not published') for d in ('cifar10', 'cifar100') for i in (100, 50, 10))
-_digits = Published('digits', None, dict(epochs=100, batch_size=32, mixup_alpha=1.0), 'ltbook: no paper uses digits')
+_digits = Published('digits', None, dict(epochs=100, mixup_alpha=1.0), 'ltbook: the CIFAR-10 values, as no paper uses digits')
 _paper = 'Kang et al., ICLR 2020, arXiv 1910.09217'
 
 crt = register(Method('crt', 'classifier re-training', _paper, dict(stage1=stage1, stage2=crt_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1)))

@@ -62,7 +62,7 @@ RECIPES = (
     _cifar('cifar100', 100, 0.4, 0.1, 0.2, True), _cifar('cifar100', 50, 0.3, 0.0, 0.1, True), _cifar('cifar100', 10, 0.2, 0.0, 0.1, True),
     _large('imagenet_lt', 180, 5e-4, 0.3, 0.0, 'resnet50'), _large('inaturalist2018', 200, 1e-4, 0.3, 0.0, 'resnet50'),
     _large('places_lt', 90, 5e-4, 0.4, 0.1, 'resnet152_frozen'),
-    Published('digits', None, dict(epochs=100, batch_size=32, smooth_head=0.3, smooth_tail=0.0, head_lr_factor=0.5), 'ltbook: no paper uses digits'),
+    Published('digits', None, dict(epochs=100, smooth_head=0.3, smooth_tail=0.0, head_lr_factor=0.5), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
 )
 
 # %% ../../nbs/methods/52_mislas.ipynb #d5e3d8a1

@@ -47,11 +47,12 @@ def make_context(
 def stage_logits(
     context: Context,  # with the test part
     stage: Stage,  # trained
-) -> dict[str, np.ndarray] | None:  # 'logits' (n, C) float32 and whatever else the stage predicts; None if it predicts nothing
-    "What the stage's network says about the test part."
-    if stage.predict is None: return None
-    out = predict(stage.network, context.plain('test'), len(context.parts['test']), stage.predict)
-    return {k: v.numpy() for k, v in out.items()}
+) -> dict[str, np.ndarray] | None:  # 'logits' (n, C) float32, or whatever else the stage predicts; None if it predicts nothing
+    "What the stage says about the test part."
+    if stage.outputs: out = stage.outputs()
+    elif stage.predict: out = predict(stage.network, context.plain('test'), len(context.parts['test']), stage.predict)
+    else: return None
+    return {k: v.detach().cpu().float().numpy() for k, v in out.items()}
 
 # %% ../../nbs/runs/63_run.ipynb #acc3a941
 def run_stage(
@@ -69,9 +70,11 @@ def run_stage(
         return
     def look(s: Stage) -> dict:
         "Test numbers of one epoch: logged, never used for a choice."
-        m = stage_measures(context, stage_logits(context, s)['logits'])
+        arrays = stage_logits(context, s) or {}
+        if 'logits' not in arrays: return {}
+        m = stage_measures(context, arrays['logits'])
         return dict(test_top1=m['top1'], test_ece15=m['ece15'])
-    fit(stage, context.compute, folder, look if stage.predict else None, context.recipe.test_every, report, on_step)
+    fit(stage, context.compute, folder, look, context.recipe.test_every, report, on_step)
 
 # %% ../../nbs/runs/63_run.ipynb #462df727
 def stage_measures(
@@ -100,9 +103,9 @@ def collect_metrics(
     rows: list[dict],  # history
 ) -> dict:  # stage -> measures, 'final', 'protocol'
     "Everything that goes into metrics.json; the last stage with logits is also `final`, and last-epoch numbers are the result."
-    out = {name: stage_measures(context, arrays['logits']) for name, arrays in context.logits.items()}
+    out = {name: stage_measures(context, arrays['logits']) for name, arrays in context.logits.items() if 'logits' in arrays}
     for name in out: out[name] |= dict(selection='last', best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
-    last = list(context.logits)[-1]
+    last = list(out)[-1]
     rule = protocol(context.parts['test'].labels.cpu(), context.counts, context.recipe.shot_rule)
     return out | dict(final=out[last] | dict(stage=last), protocol=rule | dict(selection='last', data_sha256=context.tail.sha256))
 
@@ -117,7 +120,7 @@ def write_predictions(
             f['labels'], f['train_counts'] = context.parts['test'].labels.cpu().numpy(), context.counts
             for stage, arrays in context.logits.items():
                 for name, a in arrays.items(): f[f'{stage}/{name}'] = a
-            f['logits'] = h5py.SoftLink(f'/{stage}/logits')
+            f['logits'] = h5py.SoftLink(f'/{[s for s, a in context.logits.items() if "logits" in a][-1]}/logits')
     return write_atomic(path, write)
 
 # %% ../../nbs/runs/63_run.ipynb #dae3463a

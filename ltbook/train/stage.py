@@ -46,7 +46,8 @@ class Stage:
     before_step: Callable[[dict, float], dict] | None = None  # (batch, lr) -> batch, for example with weights added
     after_epoch: Callable[[int], dict] | None = None  # epoch -> what to log: numbers, or tensors (curves)
     state: dict[str, object] = field(default_factory=dict)  # more things to save and resume: name -> object with state_dict / load_state_dict
-    predict: Callable[[nn.Module, Tensor], dict] | None = lambda network, x: dict(logits=network(x))  # for evaluation; None: nothing to evaluate
+    predict: Callable[[nn.Module, Tensor], dict] | None = lambda network, x: dict(logits=network(x))  # for test images; None: nothing to evaluate
+    outputs: Callable[[], dict] | None = None  # instead of `predict`, for stages that do not see images: named tensors for the whole test part
 
     def __post_init__(self):
         if self.batch_size < 1: raise UserError(f'batch_size must be at least 1, got {self.batch_size}.')

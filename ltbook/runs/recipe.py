@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4  # on everything that trains
     schedule: Literal['step', 'cosine'] = 'step'  # see ltbook.train.schedule
     max_steps: Annotated[int, Field(ge=1)] | None = None  # cut every epoch, for smoke runs
-    backbone: Literal['resnet32', 'resnet50', 'resnet152_frozen'] = 'resnet32'  # only resnet32 can be run so far
+    backbone: Literal['resnet32', 'resnet50', 'resnext50', 'resnet152_frozen'] = 'resnet32'  # only resnet32 can be run so far
     head: Literal['linear', 'cosine'] = 'linear'
     precision: Literal['fp32', 'bf16'] = 'fp32'  # of training; evaluation is always fp32
     channels_last: bool = True

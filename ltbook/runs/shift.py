@@ -59,8 +59,8 @@ def answers(
     z, unlabelled = logits[shift.indices], logits[shift.adapt_indices]
     out, priors = {'as is': z}, {'train': train_counts, 'uniform': torch.ones_like(train_counts)}
     for name, source in priors.items():
-        out[f'true prior, trained for {name}'] = replace_prior(z, source, torch.as_tensor(shift.counts))
-        out[f'EM prior, trained for {name}'] = replace_prior(z, source, estimate_prior(unlabelled, source).clamp_min(1e-12))
+        out[f'true prior ({name})'] = replace_prior(z, source, torch.as_tensor(shift.counts))
+        out[f'EM ({name})'] = replace_prior(z, source, estimate_prior(unlabelled, source).clamp_min(1e-12))
     if experts is None: return out
     out |= {f'expert {k + 1}': e for k, e in enumerate(experts[shift.indices].unbind(1))}
     return out if weights is None else out | dict(adapted=mix(experts[shift.indices], torch.as_tensor(weights)))
@@ -154,8 +154,8 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
     write_atomic(folder/'shifts.json', lambda p: p.write_text(f'[{text}]\n', encoding='utf-8'))
     write_json(folder/'settings.json', settings)
 
-# %% ../../nbs/runs/67_shift.ipynb #eb861af3
-MAIN_ANSWERS = ('as is', 'true prior, trained for train', 'EM prior, trained for train', 'true prior, trained for uniform', 'EM prior, trained for uniform', 'adapted')
+# %% ../../nbs/runs/67_shift.ipynb #42babe22
+MAIN_ANSWERS = ('as is', 'true prior (train)', 'EM (train)', 'true prior (uniform)', 'EM (uniform)', 'adapted')
 
 def shift_lines(
     table: pd.DataFrame,  # of `shift`
@@ -212,8 +212,10 @@ def _figure(path: Path, table: pd.DataFrame, shown: list[str]) -> None:
     from matplotlib.figure import Figure
     from ltbook.plots.shift import plot_draws, plot_shift
     fig = Figure(figsize=(9, 3.6), dpi=100, layout='constrained')
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-    plot_shift(shift_lines(table)[shown], left, baseline='as is')
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    plot_shift(shift_lines(table)[shown], left, baseline='as is').get_legend().remove()
     plot_draws(shift_draws(table)[['component', *shown]], right, baseline='as is')
-    right.set_title('draws of setting B', fontsize='medium')
+    for ax in (left, right): ax.set_ylim(0, 1.05*table.loc[table.answer.isin(shown), 'top1'].max())
+    right.set_xlabel('draws of setting B')
+    fig.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=len(shown), fontsize='small', frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, format='png'))

@@ -98,6 +98,8 @@ class Method:
     smoke: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `smoke`
     split: Callable[[Any, ImageData], tuple[dict[str, ImageSet], LongTail]] = standard_split
     network: Callable[[Context], nn.Module] = standard_network
+    check: Callable[[Context], None] = lambda context: None  # raises `UserError` before training for what would fail in a later stage
+    printed: dict[str, tuple[str, str]] = field(default_factory=dict)  # stage -> (paper, method) under which the published table has it
     hidden: bool = False  # left out of lists, for examples in notebooks
 
 # %% ../../nbs/methods/50_method.ipynb #f8e775ba

@@ -41,6 +41,8 @@ def make_context(
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
     context.network = method.network(context)
+    method.check(context)
+    next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
     return context
 
 # %% ../../nbs/runs/63_run.ipynb #cddf34ed

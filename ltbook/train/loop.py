@@ -127,7 +127,7 @@ def fit(
     evaluate: Callable[[Stage], dict] | None = None,  # numbers of the test set, logged but never used for a choice
     test_every: int = 0,  # epochs between calls of `evaluate`; 0 never
     report: Callable[[dict], None] | None = None,  # called with every finished row
-    on_step: Callable[[str, int, int, float], None] | None = None,  # called with (stage, epoch, images, mean loss)
+    on_step: Callable[[Stage, int, int, float], None] | None = None,  # called with (stage, epoch, images, mean loss)
 ) -> tuple[list[dict], dict]:  # rows of this stage, curves (epochs, ...) by name
     "Train a stage from where it was left; write a row an epoch and, at the end, the weights. Raises `NonFiniteLoss`."
     compute.prepare(stage.network)
@@ -138,7 +138,7 @@ def fit(
     if folder: rows = [r for r in read_rows(folder/'history.csv') if r['stage'] != stage.name or r['epoch'] < done]
     for epoch in range(done, stage.epochs):
         began = time.perf_counter()
-        step = (lambda images, loss: on_step(stage.name, epoch, images, loss)) if on_step else None
+        step = (lambda images, loss: on_step(stage, epoch, images, loss)) if on_step else None
         loss, images = train_epoch(stage, epoch, optimizer, rng, compute, step)
         seconds = time.perf_counter() - began
         logged = stage.after_epoch(epoch) if stage.after_epoch else {}

@@ -63,9 +63,9 @@ _code = "DirMixE, authors' configuration files (ICML 2024)"
 _common = dict(head='cosine', nesterov=True)
 
 dirmixe = register(Method('dirmixe', 'experts for Dirichlet distributions of label distributions', 'Yang et al., ICML 2024, PMLR v235 pp. 56624-56664', dict(stage1=dirmixe_stage), DirmixeSettings, (
-    Published('cifar10', None, _common | dict(weight_decay=5e-4, penalty=15.0), _code),
+    Published('cifar10', None, _common | dict(weight_decay=5e-4, penalty=15.0, shot_rule='1000/200'), _code),
     Published('cifar100', None, _common | dict(weight_decay=1e-3), _code),
     Published('imagenet_lt', None, _common | dict(backbone='resnext50', epochs=180, batch_size=64, lr=0.025, schedule='cosine', weight_decay=7e-4, power=1.6, penalty=1.0), _code),
     Published('inaturalist2018', None, _common | dict(backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4, concentration=100_000.0, penalty=1.0), _code),
     Published('digits', None, _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
-), network=expert_network))
+), network=expert_network, printed=dict(stage1=('DirMixE', 'DirMixE'))))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from ..data.augment import TrainView
+from ..data.checks import UserError
 from ..losses.experts import effective_weights, ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
 from .method import Context, Method, Published, Settings, register
 from .stages import representation_stage
@@ -52,8 +53,9 @@ class SadeSettings(ExpertSettings):
 def sade_stage(
     context: Context,  # with a network of three experts
 ) -> Stage:  # over the whole network
-    "The skill-diverse loss (section 4.1 of the paper). Raises `UserError` in the first step unless there are three experts."
-    adjustment = sade_adjustment(torch.as_tensor(context.counts), context.settings.tau).float().to(context.compute.device)
+    "The skill-diverse loss (section 4.1 of the paper). Raises `UserError` unless there are three experts."
+    adjustment, n = sade_adjustment(torch.as_tensor(context.counts), context.settings.tau).float().to(context.compute.device), context.settings.n_experts
+    if n != len(adjustment): raise UserError(f'SADE trains one expert for each of its {len(adjustment)} label distributions, got n_experts = {n}: use --set n_experts={len(adjustment)}.')
     return expert_stage(context, lambda out, batch: skill_diverse_loss(out['experts'], batch['y'], adjustment))
 
 # %% ../../nbs/methods/56_sade.ipynb #980557d9
@@ -63,12 +65,12 @@ _inaturalist = dict(head='cosine', nesterov=True, backbone='resnet50', epochs=10
 _code = "SADE, authors' configuration files (NeurIPS 2022)"
 
 sade = register(Method('sade', 'three experts for three label distributions', 'Zhang et al., NeurIPS 2022, arXiv 2107.09249', dict(stage1=sade_stage), SadeSettings, (
-    Published('cifar10', None, _cifar | dict(lr=0.05, reduced=False), 'SADE, authors on the published CIFAR-10 runs (issue 11 of their repository)'),
+    Published('cifar10', None, _cifar | dict(lr=0.05, reduced=False, shot_rule='1000/200'), 'SADE, authors on the published CIFAR-10 runs (issue 11 of their repository)'),
     Published('cifar100', None, _cifar, _code),
     Published('imagenet_lt', None, _imagenet | dict(weight_decay=5e-4), _code),
     Published('inaturalist2018', None, _inaturalist | dict(tau=1.0), _code),
     Published('digits', None, _cifar | dict(epochs=100), "ltbook: the values of SADE's CIFAR-10 configuration file, as no paper uses digits"),
-), network=expert_network))
+), network=expert_network, printed=dict(stage1=('SADE', 'SADE'))))
 
 # %% ../../nbs/methods/56_sade.ipynb #083a68de
 class StepCount:
@@ -110,11 +112,11 @@ def ride_stage(
     count = stage.state['count'] = StepCount(stage.n_batches)
     return stage
 
-# %% ../../nbs/methods/56_sade.ipynb #914c86b1
+# %% ../../nbs/methods/56_sade.ipynb #2350ead5
 ride = register(Method('ride', 'experts told to differ, without routing', 'Wang et al., ICLR 2021, arXiv 2010.01809', dict(stage1=ride_stage), RideSettings, (
-    Published('cifar10', None, _cifar, "RIDE, authors' CIFAR-100 configuration with the default diversity"),
+    Published('cifar10', None, _cifar | dict(shot_rule='1000/200'), "RIDE, authors' CIFAR-100 configuration with the default diversity"),
     Published('cifar100', None, _cifar | dict(diversity=-0.45), "RIDE, authors' configuration files (ICLR 2021)"),
     Published('imagenet_lt', None, _imagenet | dict(epochs=100, batch_size=256, lr=0.1, weight_decay=2e-4, schedule='step', temperature=0.02), "RIDE, authors' configuration files (ICLR 2021)"),
     Published('inaturalist2018', None, _inaturalist | dict(temperature=0.015), "RIDE, authors' configuration files (ICLR 2021)"),
     Published('digits', None, _cifar | dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
-), network=expert_network))
+), network=expert_network, printed=dict(stage1=('SADE', 'RIDE'))))

@@ -18,13 +18,14 @@ def plot_shift(
     baseline: str | None = None,  # column to draw dashed and black
 ) -> Axes:  # the axes
     "Accuracy against shift."
-    ax, at = house_axes(ax, (5.2, 3.2)), range(len(table))
-    for i, (name, values) in enumerate(table.astype(float).items()):
-        look = dict(color='k', ls='--') if name == baseline else dict(color=COLORS[i % len(COLORS)], ls='-' if i < len(COLORS) else ':')
+    ax, at, others = house_axes(ax, (5.2, 3.2)), range(len(table)), [c for c in table if c != baseline]
+    for name, values in table.astype(float).items():
+        i = None if name == baseline else others.index(name)
+        look = dict(color='k', ls='--') if i is None else dict(color=COLORS[i % len(COLORS)], ls='-' if i < len(COLORS) else ':')
         ax.plot(at, values, marker='o', ms=3, lw=1.5, label=str(name), **look)
         if spread is not None: ax.fill_between(at, values - spread[name].fillna(0), values + spread[name].fillna(0), color=look['color'], alpha=.15, lw=0)
     ax.set_xticks(at, table.index, rotation=40, ha='right', rotation_mode='anchor')
-    ax.set(ylabel='accuracy', ylim=(0, None))
+    ax.set(ylabel='accuracy')
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, fontsize='small', frameon=False, handlelength=1.4, borderaxespad=.2)
     return ax
 
@@ -36,15 +37,16 @@ def plot_draws(
 ) -> Axes:  # the axes
     "Every draw as a dot, the mean of a component as a bar."
     ax, lines = house_axes(ax, (3.6, 3.2)), [c for c in draws if c != 'component']
+    others = [c for c in lines if c != baseline]
     parts = list(dict.fromkeys(draws['component']))
     for i, name in enumerate(lines):
-        color, width = 'k' if name == baseline else COLORS[i % len(COLORS)], .8/len(lines)
+        color, width = 'k' if name == baseline else COLORS[others.index(name) % len(COLORS)], .8/len(lines)
         for j, part in enumerate(parts):
             values, x = draws.loc[draws['component'] == part, name].astype(float), j - .4 + (i + .5)*width
             ax.plot([x]*len(values), values, '.', color=color, ms=4, alpha=.6, mew=0)
             ax.hlines(values.mean(), x - .4*width, x + .4*width, color=color, lw=2, label=str(name) if j == 0 else None)
     ax.set_xticks(range(len(parts)), parts)
-    ax.set(ylabel='accuracy', ylim=(0, None))
+    ax.set(ylabel='accuracy')
     return ax
 
 # %% ../../nbs/plots/75_shift.ipynb #0b8ab8ea

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAIN_ANSWERS', 'make_shifts', 'score', 'answers', 'view_logits', 'shift', 'shift_lines', 'shift_draws',
-           'shift_summary', 'cli_shift']
+           'shift_summary', 'collect_shifts', 'cli_shift']
 
 # %% ../../nbs/runs/67_shift.ipynb #e18753a2
 import json, zlib
@@ -22,6 +22,7 @@ from ..measure.label_shift import estimate_prior, replace_prior
 from ..methods.method import get_method
 from .folder import Run, load_run
 from .run import make_context
+from ..train.compute import Compute
 from ..train.files import load_weights, write_atomic, write_json, write_rows
 
 # %% ../../nbs/runs/67_shift.ipynb #1a784ec0
@@ -74,6 +75,7 @@ def view_logits(
     epochs: int = 5,  # pairs of views of every image
     seed: int = 0,  # of the views
     device: str = 'auto',  # see `find_device`
+    precision: str = 'fp32',  # fp32, or bf16 for the forward passes
     report: Callable[[int, int], None] | None = None,  # called with (pairs done, pairs in all)
 ) -> list[tuple[Tensor, Tensor]]:  # for each epoch two views: logits (n, K, C), zero where not needed
     "Experts' logits on random views of test images. Raises `UserError` when the weights are missing or the data are not those of the run."
@@ -83,12 +85,14 @@ def view_logits(
     context = make_context(run.recipe, root, device)
     network, data, info = _trained(context, run, stage), context.parts['test'], context.info
     if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']): raise UserError(f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
-    views, pairs = RandomViews(data, info.mean, info.std, info.pad, info.flip), []
+    views, pairs, compute = RandomViews(data, info.mean, info.std, info.pad, info.flip), [], Compute(context.compute.device, precision)
     for epoch in range(epochs):
         sides = []
         for side in range(2):
             drawn, parts = views.draw(np.random.default_rng([seed, epoch, side])), []
-            for index in np.array_split(needed, range(500, len(needed), 500)): parts.append(network(views(index, drawn))['experts'].cpu())
+            for index in np.array_split(needed, range(500, len(needed), 500)):
+                x = views(index, drawn)
+                with compute.autocast(): parts.append(network(x)['experts'].float().cpu())
             whole = torch.zeros(len(data), *parts[0].shape[1:])
             whole[needed] = torch.cat(parts)
             sides.append(whole)
@@ -114,6 +118,7 @@ def shift(
     only: Sequence[str] | None = None,  # names of shifts; None for all
     reference_rng: bool = False,  # the published draws, to the bit; written to `shift-reference`
     device: str = 'auto',  # see `find_device`
+    precision: str = 'fp32',  # fp32, or bf16 for the network on the views
     report: Callable[[int, int], None] | None = None,  # called with (pairs of views done, in all)
 ) -> pd.DataFrame:  # a row a shift and answer: shift, setting, component, ratio, draw, n, answer, top1, macro, many, medium, few
     "Test a finished run under label shift and write the table into its folder. Raises `UserError` for a run without logits, and for what can't be shifted."
@@ -125,14 +130,14 @@ def shift(
     if only is not None: shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
     learned, rows = {}, []
     if adapt and experts is not None:
-        pairs = view_logits(run, np.unique(np.concatenate([s.adapt_indices for s in shifts])), root, seed=seed, device=device, report=report)
+        pairs = view_logits(run, np.unique(np.concatenate([s.adapt_indices for s in shifts])), root, seed=seed, device=device, precision=precision, report=report)
         learned = {s.name: _learn(s, pairs, seed) for s in shifts}
     for s in shifts:
         about = dict(shift=s.name, setting=s.setting, component=s.component, ratio=s.ratio, draw=s.draw, n=len(s))
         found = answers(logits, s, counts, experts, learned[s.name].weights if learned else None)
         rows += [about | dict(answer=a) | score(z, labels[s.indices], groups) for a, z in found.items()]
     folder = run.path/('shift-reference' if reference_rng else 'shift')
-    _write(folder, shifts, rows, learned, dict(run=run.id, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, adapted=bool(learned), same_subset=not reference_rng,
+    _write(folder, shifts, rows, learned, dict(run=run.id, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, adapted=bool(learned), precision=precision, same_subset=not reference_rng,
                                                reference_rng=reference_rng, shot_rule=run.recipe.shot_rule, only=None if only is None else list(only)))
     return pd.DataFrame(rows)
 
@@ -184,6 +189,21 @@ def shift_summary(
     parts, values = b.groupby('component', sort=False).mean().T, b.drop(columns='component')
     return pd.DataFrame({'setting A': a}).join(parts).assign(**{'setting B': values.mean(), 'sd': values.std(ddof=0)})
 
+# %% ../../nbs/runs/67_shift.ipynb #c994b933
+def collect_shifts(
+    runs: Sequence[Run],  # finished; those without a table are left out
+    folder: str = 'shift',  # or `shift-reference`
+    file: str = 'accuracy.csv',  # or `weights.csv`
+) -> pd.DataFrame:  # all rows with `line`, `method`, `seed` and `run` in front; empty without any table
+    "The tables of several runs as one."
+    runs = [r for r in runs if (r.path/folder/file).exists()]
+    hashes = {m: {r.id.split('-')[-1] for r in runs if r.recipe.method == m} for m in {r.recipe.method for r in runs}}
+    def line(r: Run) -> str: return r.recipe.method if len(hashes[r.recipe.method]) == 1 else f'{r.recipe.method} {r.id.split("-")[-1]}'
+    parts = [pd.read_csv(r.path/folder/file) for r in runs]
+    for r, part in zip(runs, parts):
+        for i, (name, value) in enumerate(dict(line=line(r), method=r.recipe.method, seed=r.recipe.seed, run=r.id).items()): part.insert(i, name, value)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
 # %% ../../nbs/runs/67_shift.ipynb #ccef658d
 def cli_shift(
     path: str | Path,  # folder of a finished run
@@ -195,10 +215,11 @@ def cli_shift(
     only: Sequence[str] | None = None,  # names of shifts
     reference_rng: bool = False,  # the published draws, to the bit
     device: str = 'auto',  # see `find_device`
+    precision: str = 'fp32',  # fp32, or bf16 for the network on the views
     report: Callable[[int, int], None] | None = None,  # called with (pairs of views done, in all)
 ) -> list[str]:  # lines to print
     "Test a run under label shift; table, weights and figure go into its folder."
-    table = shift(path, root, ratios, draws, seed, adapt, only, reference_rng, device, report)
+    table = shift(path, root, ratios, draws, seed, adapt, only, reference_rng, device, precision, report)
     folder = Path(path)/('shift-reference' if reference_rng else 'shift')
     shown = [a for a in MAIN_ANSWERS if a in set(table.answer)]
     text = ['Accuracy under label shift (fractions, all images of the shifted set)', '', shift_lines(table).to_string(float_format='{:.3f}'.format)] if (table.setting == 'A').any() else []
@@ -215,7 +236,8 @@ def _figure(path: Path, table: pd.DataFrame, shown: list[str]) -> None:
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     plot_shift(shift_lines(table)[shown], left, baseline='as is').get_legend().remove()
     plot_draws(shift_draws(table)[['component', *shown]], right, baseline='as is')
-    for ax in (left, right): ax.set_ylim(0, 1.05*table.loc[table.answer.isin(shown), 'top1'].max())
+    low, high = (f(ax.get_ylim()[i] for ax in (left, right)) for i, f in enumerate((min, max)))
+    for ax in (left, right): ax.set_ylim(low, high)
     right.set_xlabel('draws of setting B')
     fig.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=len(shown), fontsize='small', frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, format='png'))

@@ -145,7 +145,7 @@ def fit(
         row = dict(stage=stage.name, epoch=epoch, lr=stage.lr(epoch), loss=loss, seconds=round(seconds, 3), images_per_second=round(images/seconds, 1))
         for k, v in logged.items():
             if isinstance(v, Tensor) and v.ndim: curves.setdefault(k, []).append(v.detach().cpu())
-            else: row[k] = float(v)
+            else: row[k] = v.item() if isinstance(v, Tensor) else float(v)
         if evaluate and test_every and ((epoch + 1) % test_every == 0 or epoch + 1 == stage.epochs): row |= evaluate(stage)
         rows.append(row)
         if folder:

@@ -26,6 +26,7 @@ def logits_from_weights(
     out = dict(labels=context.parts['test'].labels.cpu().numpy(), train_counts=context.counts)
     for name, build in get_method(run.recipe.method).stages.items():
         stage = build(context)
+        if stage is None: continue
         load_weights(run.path/f'{name}.safetensors', context.compute.prepare(stage.network))
         for k, v in (load_state(run.path/f'{name}.state.pt') or {}).items(): stage.state[k].load_state_dict(v)
         context.logits[name] = stage_logits(context, stage) or {}

@@ -30,7 +30,8 @@ def shifted_counts(
     ratio: float = 1.0,  # R, largest over smallest class, >= 1
 ) -> np.ndarray:  # int64 (C,), at least 1
     "Class counts of a shifted test set. Raises `UserError` for a ratio below 1 or an unknown component."
-    if not 1 <= ratio < float('inf'): raise UserError(f'The ratio of a label shift is largest over smallest class, so at least 1, got {ratio} (for the other direction ask for backward).')
+    if not 1 <= ratio < float('inf'):
+        raise UserError(f'The ratio of a label shift is largest over smallest class, so at least 1, got {ratio} (for the other direction ask for backward).')
     last = len(ranks) - 1
     steps = dict(forward=ranks, uniform=0*ranks, backward=last - ranks)[one_of(component, COMPONENTS, 'component')]
     return np.array([max(1, int(n*(1/ratio)**(s/last))) for s in steps], dtype=np.int64)
@@ -61,10 +62,13 @@ class Shift:
 def _classes(labels, train_counts) -> list[np.ndarray]:
     "Positions of every class in the test set. Raises `UserError` for a class without test images."
     labels, n = np.asarray(labels), len(train_counts)
-    if labels.min() < 0 or labels.max() >= n: raise UserError(f'Test labels must lie in 0..{n - 1}, one class a training count; they reach from {labels.min()} to {labels.max()}.')
+    if labels.min() < 0 or labels.max() >= n:
+        raise UserError(f'Test labels must lie in 0..{n - 1}, one class a training count; they reach from {labels.min()} to {labels.max()}.')
     where = [np.flatnonzero(labels == c).astype(np.int64) for c in range(n)]
     empty = [c for c, w in enumerate(where) if not len(w)]
-    if empty: raise UserError(f'Class {empty[0]} has no test images ({len(empty)} such classes): a label shift needs some of every class. Add test images or drop the class.')
+    if empty:
+        raise UserError(f'Class {empty[0]} has no test images ({len(empty)} of {n} classes have none): a label shift needs some of every class. '
+                        'Add test images or drop the class.')
     return where
 
 def _choose(where: list[np.ndarray], counts: np.ndarray, rng) -> np.ndarray:

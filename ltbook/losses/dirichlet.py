@@ -32,7 +32,8 @@ class DirichletPool:
         fresh: bool = False,  # new draws for every batch; `size` only counts then
     ):
         if draws < 1: raise UserError(f'A batch needs at least one draw, got draws = {draws}.')
-        if size < draws: raise UserError(f'A batch needs {draws} draws, but the pool holds {size}: use --set pool_size={draws} or more, or leave pool_size out.')
+        if size < draws:
+            raise UserError(f'A batch needs {draws} draws, but the pool holds {size}: use --set pool_size={draws} or more, or leave pool_size out.')
         if concentration <= 0 or means.min() <= 0: raise UserError('A Dirichlet distribution needs a positive concentration and no empty class.')
         self.alpha, self.draws, self.per_pass, self.seed, self.fresh, self.taken = concentration*means, draws, size//draws, seed, fresh, 0
         if not fresh: self.component, self.q = self._draw(np.random.default_rng([seed, 0]), size)

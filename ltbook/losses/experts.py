@@ -37,7 +37,8 @@ def skill_diverse_loss(
 ) -> Tensor:  # scalar
     "Cross-entropy of every expert under its own adjustment, summed. Raises `UserError` unless there is one expert for each row of the adjustment."
     if experts.shape[1] != len(adjustment):
-        raise UserError(f'SADE needs one expert for each of its {len(adjustment)} label distributions, but the network has {experts.shape[1]}: use --set n_experts={len(adjustment)}.')
+        raise UserError(f'SADE needs one expert for each of its {len(adjustment)} label distributions, but the network has {experts.shape[1]}: '
+                        f'use --set n_experts={len(adjustment)}.')
     z = experts + adjustment.to(experts)
     return F.cross_entropy(z.transpose(1, 2), y[:, None].expand(-1, experts.shape[1]), reduction='none').sum(1).mean()
 

@@ -54,8 +54,10 @@ def sade_stage(
     context: Context,  # with a network of three experts
 ) -> Stage:  # over the whole network
     "The skill-diverse loss (section 4.1 of the paper). Raises `UserError` unless there are three experts."
-    adjustment, n = sade_adjustment(torch.as_tensor(context.counts), context.settings.tau).float().to(context.compute.device), context.settings.n_experts
-    if n != len(adjustment): raise UserError(f'SADE trains one expert for each of its {len(adjustment)} label distributions, got n_experts = {n}: use --set n_experts={len(adjustment)}.')
+    s = context.settings
+    adjustment = sade_adjustment(torch.as_tensor(context.counts), s.tau).float().to(context.compute.device)
+    if s.n_experts != len(adjustment):
+        raise UserError(f'SADE trains one expert for each of its {len(adjustment)} label distributions, got n_experts = {s.n_experts}: use --set n_experts={len(adjustment)}.')
     return expert_stage(context, lambda out, batch: skill_diverse_loss(out['experts'], batch['y'], adjustment))
 
 # %% ../../nbs/methods/56_sade.ipynb #980557d9
@@ -101,7 +103,8 @@ def ride_stage(
 ) -> Stage:  # over the whole network
     "LDAM margins and diversity (section 3 of the paper, without routing and distillation)."
     r, s, n = context.recipe, context.settings, torch.as_tensor(context.counts)
-    margins, weights, temperature = (v.float().to(context.compute.device) for v in (30*ldam_margins(n, s.largest_margin), effective_weights(n), ride_temperature(n, s.temperature)))
+    parts = 30*ldam_margins(n, s.largest_margin), effective_weights(n), ride_temperature(n, s.temperature)
+    margins, weights, temperature = (v.float().to(context.compute.device) for v in parts)
     def loss(out: dict, batch: dict) -> Tensor:
         late = count.epoch >= round(s.late*r.epochs)
         return ride_loss(out['experts'], batch['y'], margins, s.diversity, *((weights, temperature) if late else ()))
@@ -116,7 +119,8 @@ def ride_stage(
 ride = register(Method('ride', 'experts told to differ, without routing', 'Wang et al., ICLR 2021, arXiv 2010.01809', dict(stage1=ride_stage), RideSettings, (
     Published('cifar10', None, _cifar | dict(shot_rule='1000/200'), "RIDE, authors' CIFAR-100 configuration with the default diversity"),
     Published('cifar100', None, _cifar | dict(diversity=-0.45), "RIDE, authors' configuration files (ICLR 2021)"),
-    Published('imagenet_lt', None, _imagenet | dict(epochs=100, batch_size=256, lr=0.1, weight_decay=2e-4, schedule='step', temperature=0.02), "RIDE, authors' configuration files (ICLR 2021)"),
+    Published('imagenet_lt', None, _imagenet | dict(epochs=100, batch_size=256, lr=0.1, weight_decay=2e-4, schedule='step', temperature=0.02),
+              "RIDE, authors' configuration files (ICLR 2021)"),
     Published('inaturalist2018', None, _inaturalist | dict(temperature=0.015), "RIDE, authors' configuration files (ICLR 2021)"),
     Published('digits', None, _cifar | dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
 ), network=expert_network, printed=dict(stage1=('SADE', 'RIDE'))))

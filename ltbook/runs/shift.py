@@ -6,8 +6,8 @@
 __all__ = ['MAIN_ANSWERS', 'make_shifts', 'score', 'answers', 'view_logits', 'shift', 'shift_lines', 'shift_draws',
            'shift_summary', 'collect_shifts', 'cli_shift']
 
-# %% ../../nbs/runs/67_shift.ipynb #e18753a2
-import json, zlib
+# %% ../../nbs/runs/67_shift.ipynb #db4b95a8
+import json, time, zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import h5py, numpy as np, pandas as pd, torch
@@ -81,11 +81,14 @@ def view_logits(
     "Experts' logits on random views of test images. Raises `UserError` when the weights are missing or the data are not those of the run."
     stage = run.metrics['final']['stage']
     if not (run.path/f'{stage}.safetensors').exists():
-        raise UserError(f'The run {run.id} has no weights here (they are not kept in git), so its experts cannot adapt. Make them again with: {run.env.get("command")}; or ask without adapting.')
+        raise UserError(f'The run {run.id} has no weights here (they are not kept in git), so its experts cannot adapt. '
+                        f'Make them again with: {run.env.get("command")}; or ask without adapting.')
     context = make_context(run.recipe, root, device)
     network, data, info = _trained(context, run, stage), context.parts['test'], context.info
-    if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']): raise UserError(f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
-    views, pairs, compute = RandomViews(data, info.mean, info.std, info.pad, info.flip), [], Compute(context.compute.device, precision)
+    if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']):
+        raise UserError(f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
+    views, pairs = RandomViews(data, info.mean, info.std, info.pad, info.flip), []
+    compute = Compute(context.compute.device, precision)
     for epoch in range(epochs):
         sides = []
         for side in range(2):
@@ -102,9 +105,8 @@ def view_logits(
 
 def _trained(context, run: Run, stage: str):
     "The network of the last stage, in eval mode."
-    for name, build in get_method(run.recipe.method).stages.items():
-        network = build(context).network
-        if name == stage: break
+    built = [build(context) for build in get_method(run.recipe.method).stages.values()]
+    network = next(b.network for b in built if b is not None and b.name == stage)
     return load_weights(run.path/f'{stage}.safetensors', context.compute.prepare(network)).eval()
 
 # %% ../../nbs/runs/67_shift.ipynb #a29f5cc2
@@ -128,17 +130,20 @@ def shift(
     experts, groups = torch.as_tensor(p[name]) if name in p else None, shot_groups(counts, run.recipe.shot_rule)
     shifts = make_shifts(labels.numpy(), counts.numpy(), ratios, draws, seed, reference_rng)
     if only is not None: shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
-    learned, rows = {}, []
+    learned, rows, began = {}, [], time.perf_counter()
     if adapt and experts is not None:
         pairs = view_logits(run, np.unique(np.concatenate([s.adapt_indices for s in shifts])), root, seed=seed, device=device, precision=precision, report=report)
         learned = {s.name: _learn(s, pairs, seed) for s in shifts}
+    seconds = round(time.perf_counter() - began, 1)
     for s in shifts:
         about = dict(shift=s.name, setting=s.setting, component=s.component, ratio=s.ratio, draw=s.draw, n=len(s))
         found = answers(logits, s, counts, experts, learned[s.name].weights if learned else None)
         rows += [about | dict(answer=a) | score(z, labels[s.indices], groups) for a, z in found.items()]
     folder = run.path/('shift-reference' if reference_rng else 'shift')
-    _write(folder, shifts, rows, learned, dict(run=run.id, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, adapted=bool(learned), precision=precision, same_subset=not reference_rng,
-                                               reference_rng=reference_rng, shot_rule=run.recipe.shot_rule, only=None if only is None else list(only)))
+    settings = dict(run=run.id, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, only=None if only is None else list(only),
+                    same_subset=not reference_rng, reference_rng=reference_rng, shot_rule=run.recipe.shot_rule,
+                    adapted=bool(learned), precision=precision, adapt_seconds=seconds)
+    _write(folder, shifts, rows, learned, settings)
     return pd.DataFrame(rows)
 
 def _learn(s: Shift, pairs: list, seed: int):
@@ -149,6 +154,7 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
     "Table, weights and shifts; the settings last."
     folder.mkdir(exist_ok=True)
     write_rows(folder/'accuracy.csv', rows)
+    (folder/'weights.csv').unlink(missing_ok=True)
     if learned: write_rows(folder/'weights.csv', [dict(shift=k, **row, stopped=m.stopped and row is m.path[-1]) for k, m in learned.items() for row in m.path])
     def arrays(path):
         with h5py.File(path, 'w') as f:
@@ -222,9 +228,11 @@ def cli_shift(
     table = shift(path, root, ratios, draws, seed, adapt, only, reference_rng, device, precision, report)
     folder = Path(path)/('shift-reference' if reference_rng else 'shift')
     shown = [a for a in MAIN_ANSWERS if a in set(table.answer)]
-    text = ['Accuracy under label shift (fractions, all images of the shifted set)', '', shift_lines(table).to_string(float_format='{:.3f}'.format)] if (table.setting == 'A').any() else []
+    text, number = [], '{:.3f}'.format
+    if (table.setting == 'A').any():
+        text = ['Accuracy under label shift (fractions, all images of the shifted set)', '', shift_lines(table).to_string(float_format=number)]
     if set(table.setting) == {'A', 'B'}:
-        text += ['', 'Means, and the spread over the draws of setting B', '', shift_summary(table).to_string(float_format='{:.3f}'.format)]
+        text += ['', 'Means, and the spread over the draws of setting B', '', shift_summary(table).to_string(float_format=number)]
         _figure(folder/'shift.png', table, shown)
     return text + ['', f'Written to {folder}']
 

@@ -128,7 +128,7 @@ for name in sys.argv[1:]:
         except BaseException as e:
             print(name, repr(e)); os._exit(1)
     if os.waitpid(child, 0)[1]: failed.append(name)
-sys.exit(', '.join(failed))
+sys.exit(', '.join(failed) or 0)
 """
 
 

@@ -56,12 +56,14 @@ class FlowFilter(nn.Module):
         length: float = 2.263,  # of the centres
         seed: int = 0,  # of centres and weights; no global generator is touched
         standardize: tuple[Tensor, Tensor] | None = None,  # mean and standard deviation (D,) of the features, or None
-        **flow,  # hidden, n_blocks, n_hidden, bound of `MaskedFlow`
+        hidden: int | None = None,  # H of the flow; None is D
+        n_blocks: int = 2,  # of the flow
+        bound: float | None = None,  # of the flow's log-scale; None (published) does not bound
     ):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.flow = MaskedFlow(n_features, **flow)
+            self.flow = MaskedFlow(n_features, hidden, n_blocks, bound=bound)
         self.register_buffer('centers', draw_centers(n_clusters, n_features, length, seed))
         mean, std = standardize or (torch.zeros(n_features), torch.ones(n_features))
         self.register_buffer('shift', mean.clone())

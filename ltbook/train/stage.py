@@ -48,6 +48,7 @@ class Stage:
     state: dict[str, object] = field(default_factory=dict)  # more things to save and resume: name -> object with state_dict / load_state_dict
     predict: Callable[[nn.Module, Tensor], dict] | None = lambda network, x: dict(logits=network(x))  # for test images; None: nothing to evaluate
     outputs: Callable[[], dict] | None = None  # instead of `predict`, for stages that do not see images: named tensors for the whole test part
+    selection: str = 'last'  # which epoch the stage ends with, as it is to be called: last, or best_on_test
 
     def __post_init__(self):
         if self.batch_size < 1: raise UserError(f'batch_size must be at least 1, got {self.batch_size}.')

@@ -343,4 +343,4 @@ RECIPES = (
 
 dlsa = register(Method('dlsa', 'flow filter on frozen features, a classifier a level', 'Xu et al., ECCV 2022, arXiv 2208.02567',
                        dict(stage1=stage1, **{f'flow{d + 1}': partial(flow_stage, d=d) for d in range(3)}, **{k: partial(bank_stage, kind=k) for k in (*CONTROLS, 'dlsa')}),
-                       DlsaSettings, RECIPES, smoke=dict(flow_epochs=1, head_epochs=1), split=dlsa_split, network=dlsa_network, data=dlsa_data))
+                       DlsaSettings, RECIPES, smoke=dict(flow_epochs=1, head_epochs=1, standardize=True), split=dlsa_split, network=dlsa_network, data=dlsa_data))

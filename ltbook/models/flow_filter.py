@@ -67,7 +67,7 @@ class FlowFilter(nn.Module):
         self.register_buffer('centers', draw_centers(n_clusters, n_features, length, seed))
         mean, std = standardize or (torch.zeros(n_features), torch.ones(n_features))
         self.register_buffer('shift', mean.clone())
-        self.register_buffer('scale', std.clamp_min(1e-6))
+        self.register_buffer('scale', torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Latent (B, D) and log-determinant (B,)."

@@ -48,7 +48,8 @@ class Context:
     compute: Compute = Compute()
     network: nn.Module | None = None
     logits: dict[str, dict] = field(default_factory=dict)  # stage name -> named arrays on the test part
-    selection: dict[str, str] = field(default_factory=dict)  # stage name -> which epoch it ended with, 'last' or 'best_on_test'
+    selection: dict[str, str] = field(default_factory=dict)  # stage name -> which epoch it ended with, see `Stage.selection`
+    notes: dict[str, Any] = field(default_factory=dict)  # what a method adds to the protocol in metrics.json, JSON-able
 
     @property
     def settings(self) -> Settings: return self.recipe.settings
@@ -68,7 +69,7 @@ class Context:
         "View of a part without augmentation."
         return PlainView(self.parts[part], self.info.mean, self.info.std)
 
-# %% ../../nbs/methods/50_method.ipynb #5d1a7a02
+# %% ../../nbs/methods/50_method.ipynb #dd34586e
 def standard_data(
     recipe,  # with dataset and backbone
     root,  # of the data, see `data_root`; None is the default
@@ -106,10 +107,13 @@ class Method:
     stages: dict[str, Callable[[Context], Stage | None]]  # in order; called when the stages before are finished; None leaves a stage out of this run
     settings: type[Settings] = Settings
     recipes: tuple[Published, ...] = ()
+    short: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `short`
     smoke: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `smoke`
+    data: Callable[[Any, Any], ImageData] = standard_data  # (recipe, root) -> whole data set
     split: Callable[[Any, ImageData], tuple[dict[str, ImageSet], LongTail]] = standard_split
     network: Callable[[Context], nn.Module] = standard_network
-    data: Callable[[Any, Any], ImageData] = standard_data  # (recipe, root) -> whole data set
+    check: Callable[[Context], None] = lambda context: None  # raises `UserError` before training for what would fail in a later stage
+    printed: dict[str, tuple[str, str]] = field(default_factory=dict)  # stage -> (paper, method) under which the published table has it
     hidden: bool = False  # left out of lists, for examples in notebooks
 
 # %% ../../nbs/methods/50_method.ipynb #f8e775ba

@@ -114,7 +114,7 @@ def flow_stage(
     def after(epoch):
         "Log, and remember or bring back the best epoch."
         log = _epoch_log(s, network, play, test)
-        if s.flow_choice == 'purity' and log['largest'] < cap: best.offer(float(log['good_clusters']), network)
+        if s.flow_choice == 'purity' and log['largest'] < cap and log['good_clusters']: best.offer(float(log['good_clusters']), network)
         if epoch + 1 == s.flow_epochs and best.weights:
             best.bring_back(network)
             log = _epoch_log(s, network, play, test)

@@ -134,5 +134,6 @@ def label_space(
             rows = FeatureSet(x.to(device), rows.labels, rows.classes, linear_of(net))
         if not rows.features.isfinite().all(): raise UserError(f'Some features of the {part} part are not finite: train stage 1 with a smaller lr.')
         context.parts[f'{part}_features'] = rows
+    context.notes['test_counts'] = context.parts['test'].counts.tolist()      # keep-rates of the test part need them
     context.network = LabelSpace(context.n_classes, s.n_clusters, s.depth, s.keep, s.z_source, s.leave_one_out).to(device)
     return context.network

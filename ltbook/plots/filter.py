@@ -69,9 +69,9 @@ def plot_likelihoods(
 ) -> Axes:  # the axes
     "Densities of the log-likelihood, part by part."
     ax = house_axes(ax, (4.0, 2.8))
-    low, high = np.quantile(np.concatenate([np.asarray(v) for v in loglik.values()]), [0.005, 0.995])
-    bins = np.linspace(low, high, 61)
-    for i, (name, v) in enumerate(loglik.items()): ax.hist(v, bins, density=True, histtype='stepfilled', alpha=0.45, color=COLORS[i], label=name)
+    low, high = np.quantile(next(iter(loglik.values())), 0.05), max(np.quantile(v, 0.998) for v in loglik.values())
+    bins = np.linspace(low, high, 51)
+    for i, (name, v) in enumerate(loglik.items()): ax.hist(v, bins, density=True, histtype='step', lw=1.5, color=COLORS[i], label=name)
     if threshold is not None: ax.axvline(threshold, color='0.2', ls='--', lw=1, label='threshold')
     ax.set(xlabel='log-likelihood', ylabel='density')
     ax.legend(loc='upper left', fontsize='small', frameon=False, handlelength=1.2)

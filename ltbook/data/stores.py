@@ -134,11 +134,14 @@ def import_folder(
     size: int = 32,  # side of the stored images, pixels
     test_fraction: float = 0.2,  # part of every class to test on, in (0, 1); unused when there is a test/ folder
     seed: int = 0,  # seed of that choice
+    force: bool = False,  # replace a data set of that name
 ) -> Path:  # the written file
     "Make a data set of a folder of pictures; `UserError` for an unusable name, folder or picture."
     folder = Path(folder)
     if name in RESERVED or not name.replace('-', '').replace('_', '').isalnum():
         raise UserError(f'{name!r} cannot name a data set: use letters, digits, - and _, and none of {", ".join(RESERVED)}.')
+    if size < 4: raise UserError(f'The side of the images must be at least 4 pixels, got {size}.')
+    if (Path(root)/f'{name}.h5').exists() and not force: raise UserError(f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
     if not folder.is_dir(): raise UserError(f'{folder} is not a folder; give one with a folder of pictures for each class.')
     if not 0 < test_fraction < 1: raise UserError(f'test_fraction must lie between 0 and 1, got {test_fraction}.')
     if (folder/'train').is_dir() and (folder/'test').is_dir():

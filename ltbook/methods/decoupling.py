@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['crt', 'lws', 'tau_norm', 'DecouplingSettings', 'TauSettings', 'stage1', 'crt_stage2', 'lws_stage2', 'tau_stage2']
 
-# %% ../../nbs/methods/54_decoupling.ipynb #1cf6f532
+# %% ../../nbs/methods/54_decoupling.ipynb #6cd1be1d
 import torch
 from ..losses.cross_entropy import mixed_cross_entropy
-from .method import Context, Method, Published, Settings, register
+from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
 from .stages import classifier_stage, representation_stage
 from ..models.heads import HEADS, ScaledHead, tau_normalized
 from ..train.stage import Stage
 
-# %% ../../nbs/methods/54_decoupling.ipynb #b0b92316
+# %% ../../nbs/methods/54_decoupling.ipynb #a7919885
 class DecouplingSettings(Settings):
     "What cRT and LWS add to a recipe."
-    mixup_alpha: float = 0.0  # of stage 1; 1 is the cRT+mixup and LWS+mixup of MiSLAS' tables
+    mixup_alpha: NonNegative = 0.0  # of stage 1; 1 is the cRT+mixup and LWS+mixup of MiSLAS' tables
     shift_bn: bool = True  # BatchNorm statistics follow the balanced stream
-    stage2_epochs: int = 10
-    stage2_lr: float = 0.1
+    stage2_epochs: Length = 10
+    stage2_lr: Positive = 0.1
 
 class TauSettings(Settings):
     "What tau-normalisation adds to a recipe."
-    mixup_alpha: float = 0.0  # of stage 1
-    tau: float = 1.0  # 1 makes all weight vectors equally long; chosen without looking at test labels
+    mixup_alpha: NonNegative = 0.0  # of stage 1
+    tau: NonNegative = 1.0  # 1 makes all weight vectors equally long; chosen without looking at test labels
 
 # %% ../../nbs/methods/54_decoupling.ipynb #7e38bc1e
 def stage1(

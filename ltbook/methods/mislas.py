@@ -9,24 +9,24 @@ __all__ = ['RECIPES', 'mislas', 'MislasSettings', 'stage1', 'strength', 'stage2'
 from typing import Literal
 from torch import nn
 from ..losses.smoothing import label_aware_smoothing, smoothing_strength
-from .method import Context, Method, Published, Settings, register
+from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
 from .stages import classifier_stage, representation_stage
 from ..models.heads import ScaledHead
 from ..train.stage import Stage
 
-# %% ../../nbs/methods/52_mislas.ipynb #c8a67abe
+# %% ../../nbs/methods/52_mislas.ipynb #19e2a07c
 class MislasSettings(Settings):
     "What MiSLAS adds to a recipe."
-    mixup_alpha: float = 1.0  # of Beta(alpha, alpha) in stage 1; 0 is no mixup
+    mixup_alpha: NonNegative = 1.0  # of Beta(alpha, alpha) in stage 1; 0 is no mixup
     smooth_head: float = 0.4  # epsilon of the largest class
     smooth_tail: float = 0.1  # epsilon of the smallest class
     smooth_shape: Literal['concave', 'linear', 'convex', 'power'] = 'concave'  # between the two
-    smooth_power: float = 1.0  # exponent of the shape `power`
+    smooth_power: NonNegative = 1.0  # exponent of the shape `power`
     smooth_target: Literal['code', 'paper'] = 'code'  # epsilon over all K classes, or over the K-1 others
     shift_bn: bool = True  # BatchNorm statistics follow the balanced stream
-    head_lr_factor: float = 0.2  # rate of the classifier relative to the scale
-    stage2_epochs: int = 10
-    stage2_lr: float = 0.1
+    head_lr_factor: NonNegative = 0.2  # rate of the classifier relative to the scale
+    stage2_epochs: Length = 10
+    stage2_lr: Positive = 0.1
 
 # %% ../../nbs/methods/52_mislas.ipynb #a5d814b8
 def stage1(
@@ -63,14 +63,14 @@ def _cifar(name, imbalance, head, tail, factor, shift):
 def _large(name, epochs, weight_decay, head, tail, backbone):
     "One large-scale row of the table."
     return Published(name, None, dict(backbone=backbone, epochs=epochs, batch_size=256, schedule='cosine', weight_decay=weight_decay, mixup_alpha=0.2,
-                                      smooth_head=head, smooth_tail=tail, head_lr_factor=0.05), 'MiSLAS, authors\' configuration files (CVPR 2021)')
+                                      smooth_head=head, smooth_tail=tail, head_lr_factor=0.05), 'MiSLAS, authors\' configuration files (CVPR 2021); needs a large-scale loader')
 
 RECIPES = (
     _cifar('cifar10', 100, 0.3, 0.0, 0.5, False), _cifar('cifar10', 50, 0.2, 0.0, 0.2, False), _cifar('cifar10', 10, 0.1, 0.0, 0.2, False),
     _cifar('cifar100', 100, 0.4, 0.1, 0.2, True), _cifar('cifar100', 50, 0.3, 0.0, 0.1, True), _cifar('cifar100', 10, 0.2, 0.0, 0.1, True),
     _large('imagenet_lt', 180, 5e-4, 0.3, 0.0, 'resnet50'), _large('inaturalist2018', 200, 1e-4, 0.3, 0.0, 'resnet50'),
     _large('places_lt', 90, 5e-4, 0.4, 0.1, 'resnet152_frozen'),
-    Published('digits', None, dict(epochs=100, smooth_head=0.3, smooth_tail=0.0, head_lr_factor=0.5), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
+    Published('digits', None, dict(epochs=100, smooth_head=0.3, smooth_tail=0.0, head_lr_factor=0.5), 'ltbook: the smoothing of CIFAR-10 with the shift on; no paper uses digits'),
 )
 
 # %% ../../nbs/methods/52_mislas.ipynb #576cb905

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'mixup', 'PlainSettings', 'stage1']
 
-# %% ../../nbs/methods/53_plain.ipynb #f9d9e138
-from .method import Context, Method, Published, Settings, register
+# %% ../../nbs/methods/53_plain.ipynb #515cd67f
+from .method import Context, Method, NonNegative, Published, Settings, register
 from .stages import representation_stage
 from ..train.stage import Stage
 
-# %% ../../nbs/methods/53_plain.ipynb #a8a1c0dd
+# %% ../../nbs/methods/53_plain.ipynb #5b4caeac
 class PlainSettings(Settings):
     "Nothing but mixup."
-    mixup_alpha: float = 0.0  # of Beta(alpha, alpha); 0 is no mixup
+    mixup_alpha: NonNegative = 0.0  # of Beta(alpha, alpha); 0 is no mixup
 
 # %% ../../nbs/methods/53_plain.ipynb #0974f00e
 def stage1(

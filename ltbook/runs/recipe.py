@@ -9,29 +9,29 @@ __all__ = ['WORDS', 'PROFILES', 'Recipe', 'recipe_hash', 'published_row', 'recip
 import hashlib, json, math
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from ..data.checks import UserError
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..methods.method import Method, Published, Settings, get_method
 
-# %% ../../nbs/runs/61_recipe.ipynb #ebcc52e9
+# %% ../../nbs/runs/61_recipe.ipynb #f5b66704
 class Recipe(BaseModel):
     "All settings of one run. Frozen; unknown or mistyped fields are errors."
-    model_config = ConfigDict(frozen=True, extra='forbid')
+    model_config = ConfigDict(frozen=True, extra='forbid', strict=True)
     method: str  # name in the registry
     dataset: str  # name for `load_images`
-    imbalance: Annotated[float, Field(ge=1)] | None  # largest over smallest class; None takes the train part as it is
+    imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None  # largest over smallest class; None takes the train part as it is
     long_tail: Literal['exp', 'step'] = 'exp'  # shape of the class counts
-    data_seed: Annotated[int, Field(ge=0)] = 0  # which images are kept
-    seed: Annotated[int, Field(ge=0)] = 0  # initial weights, order of the images, augmentation
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # which images are kept
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # initial weights, order of the images, augmentation
     profile: Literal['paper', 'short', 'smoke'] = 'paper'
     epochs: Annotated[int, Field(ge=1)] = 200  # of the first stage
     batch_size: Annotated[int, Field(ge=1)] = 128
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 2e-4  # on everything that trains
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2e-4  # on everything that trains
     schedule: Literal['step', 'cosine'] = 'step'  # see ltbook.train.schedule
     max_steps: Annotated[int, Field(ge=1)] | None = None  # cut every epoch, for smoke runs
     backbone: Literal['resnet32', 'resnet10', 'resnet50', 'resnext50', 'resnet152', 'resnet152_frozen'] = 'resnet32'  # only resnet32 can be run so far
@@ -44,6 +44,13 @@ class Recipe(BaseModel):
     start: str | None = None  # run whose first stage is taken over, as dataset/method/seed-hash
     settings: SerializeAsAny[Settings] = Settings()  # the method's own
     source: str = ''  # where the values come from
+
+    @model_validator(mode='before')
+    @classmethod
+    def _known_names(cls, values):
+        unknown = sorted(set(values) - set(cls.model_fields))
+        if unknown: raise UserError(f'Unknown field {", ".join(unknown)}. Fields of a recipe: {", ".join(cls.model_fields)}.')
+        return {'settings': {}} | values
 
     @field_validator('settings', mode='before')
     @classmethod
@@ -93,6 +100,8 @@ def recipe(
     "The published recipe nearest to the words, with changes. Raises `UserError` that names the right fields or types."
     m = get_method(method)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
+    elif not 1 <= imbalance < math.inf:
+        raise UserError(f'The imbalance is the largest over the smallest class, a number from 1 on; got {imbalance}.')
     row = published_row(m, dataset, imbalance)
     values = row.changes | PROFILES.get(profile, {}) | dict(short=m.short, smoke=m.smoke).get(profile, {}) | changes
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'STAGE1_FIELDS', 'make_context', 'stage_logits', 'run_stage', 'stage_measures', 'best_on_test',
-           'collect_metrics', 'write_predictions', 'git_state', 'command', 'environment', 'recipe_from', 'copy_stage1',
-           'open_folder', 'run']
+           'collect_metrics', 'write_predictions', 'git_state', 'command', 'environment', 'open_session', 'recipe_from',
+           'copy_stage1', 'open_folder', 'run']
 
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, platform, resource, subprocess, sys, time
@@ -127,9 +127,11 @@ PACKAGES = ('torch', 'torchvision', 'numpy', 'h5py', 'pandas', 'scikit-learn', '
 
 def git_state() -> dict:  # commit and dirty, None where the package is not in a git checkout
     "Commit of the code that runs, and whether it was changed since."
-    here = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd()
+    here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
     def git(*args): return subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', 'ltbook', 'nbs', 'settings.ini')))
+    try:
+        git('ls-files', '--error-unmatch', Path(globals().get('__file__', '.')).name)     # not somebody else's repository around an installed package
+        return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', ':/ltbook', ':/nbs', ':/settings.ini')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
 # %% ../../nbs/runs/63_run.ipynb #69b4ae23
@@ -152,6 +154,7 @@ def _plain(r: Recipe) -> Recipe:
 def environment(
     recipe: Recipe,  # what ran
     compute: Compute,  # where
+    sessions: list[dict],  # when and with which commit the run was started or taken up again
     seconds: float,  # of this call
     rows: list[dict],  # history; its seconds are those of training
 ) -> dict:  # JSON-able
@@ -159,9 +162,19 @@ def environment(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
     device = torch.cuda.get_device_name(compute.device) if compute.device.type == 'cuda' else platform.processor() or platform.machine()
     return dict(ltbook=version('ltbook') if _installed() else None, python=platform.python_version(), packages={p: version(p) for p in PACKAGES}, platform=platform.system(),
-                device=str(compute.device), device_name=device, threads=torch.get_num_threads(), command=command(recipe), **git_state(),
+                device=str(compute.device), device_name=device, threads=torch.get_num_threads(), command=command(recipe), **{k: sessions[-1][k] for k in ('commit', 'dirty')}, sessions=sessions,
                 train_seconds=round(sum(r['seconds'] for r in rows), 1), wall_seconds=round(seconds, 1), peak_memory_mb=round(peak),
                 finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+
+def open_session(
+    folder: Path,  # of the run
+) -> list[dict]:  # all sessions so far, this one last
+    "Note that a run starts or goes on now, and with which code."
+    file = folder/'sessions.json'
+    earlier = json.loads(file.read_text(encoding='utf-8'))['sessions'] if file.exists() else []
+    now = dict(started=datetime.now(timezone.utc).isoformat(timespec='seconds'), epochs_before=len(read_rows(folder/'history.csv')), **git_state())
+    write_json(file, dict(sessions=earlier + [now]))
+    return earlier + [now]
 
 def _installed() -> bool:
     "Whether the package was installed, or only lies on the path."
@@ -178,10 +191,10 @@ def recipe_from(
 ) -> Recipe:  # with `start` set
     "A recipe that takes over the first stage of another run. Raises `UserError` if the method has no further stage or changes touch stage 1."
     if len(get_method(method).stages) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
-    touched = sorted(set(changes) & set(STAGE1_FIELDS))
+    touched = sorted(set(changes) & {*STAGE1_FIELDS, 'mixup_alpha'})
     if touched: raise UserError(f'{", ".join(touched)} belong to stage 1, which is taken from {start.id}: leave them out, or run without --from.')
     r, own = start.recipe, get_method(method).settings.model_fields
-    same = {k: v for k, v in r.settings.model_dump().items() if k == 'mixup_alpha' and k in own}
+    same = dict(mixup_alpha=getattr(r.settings, 'mixup_alpha', 0.0)) if 'mixup_alpha' in own else {}
     return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **{k: getattr(r, k) for k in STAGE1_FIELDS}, **same, **changes)
 
 # %% ../../nbs/runs/63_run.ipynb #00857c77
@@ -222,6 +235,7 @@ def run(
     if (folder/'done.json').exists(): return folder
     context = make_context(recipe, root, device)
     folder = open_folder(recipe, out)
+    sessions = open_session(folder)
     write_json(folder/'manifest.json', context.tail.to_dict())
     if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)
     for name, build in get_method(recipe.method).stages.items():
@@ -233,6 +247,7 @@ def run(
     rows = read_rows(folder/'history.csv')
     write_predictions(folder/'predictions.h5', context)
     write_json(folder/'metrics.json', collect_metrics(context, rows))
-    write_json(folder/'env.json', environment(recipe, context.compute, time.perf_counter() - began, rows))
+    write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows))
     write_json(folder/'done.json', dict(run=run_id(recipe)))
+    (folder/'sessions.json').unlink()
     return folder

@@ -29,7 +29,7 @@ def check_finite(
     "Raise `NonFiniteLoss` naming the first bad batch."
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
-        raise NonFiniteLoss(f'Loss is {losses[bad[0, 0]].item()} in {stage}, epoch {epoch}, batch {bad[0, 0].item()}, learning rate {lr:g}. '
+        raise NonFiniteLoss(f'Loss is {losses[bad[0, 0]].item()} in {stage}, epoch {epoch + 1}, batch {bad[0, 0].item() + 1}, learning rate {lr:g}. '
                             'Try a smaller lr (--set lr=...) or precision fp32.')
 
 # %% ../../nbs/train/45_loop.ipynb #b7c07fc7
@@ -75,7 +75,8 @@ def predict(
     "Run a network over a whole set without augmentation and collect what it returns."
     modes = {m: m.training for m in network.modules()}
     network.eval()
-    parts = [outputs(network, view(np.arange(i, min(i + batch_size, n)))['x']) for i in range(0, n, batch_size)]
+    with torch.backends.cudnn.flags(allow_tf32=False):      # full fp32 on a GPU too
+        parts = [outputs(network, view(np.arange(i, min(i + batch_size, n)))['x']) for i in range(0, n, batch_size)]
     for m, mode in modes.items(): m.training = mode
     return {k: full(torch.cat([p[k] for p in parts])).cpu() for k in parts[0]}
 

@@ -48,6 +48,8 @@ class Context:
     compute: Compute = Compute()
     network: nn.Module | None = None
     logits: dict[str, dict] = field(default_factory=dict)  # stage name -> named arrays on the test part
+    selection: dict[str, str] = field(default_factory=dict)  # stage name -> how its epoch was chosen, where it is not the last
+    notes: dict[str, Any] = field(default_factory=dict)  # what a method adds to the protocol in metrics.json, JSON-able
 
     @property
     def settings(self) -> Settings: return self.recipe.settings
@@ -92,9 +94,10 @@ class Method:
     name: str  # as typed on the command line
     title: str  # one line for lists
     paper: str  # where it comes from
-    stages: dict[str, Callable[[Context], Stage]]  # in order; called when the stages before are finished
+    stages: dict[str, Callable[[Context], Stage | None]]  # in order; called when the stages before are finished; None: not with these settings
     settings: type[Settings] = Settings
     recipes: tuple[Published, ...] = ()
+    short: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `short`
     smoke: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `smoke`
     split: Callable[[Any, ImageData], tuple[dict[str, ImageSet], LongTail]] = standard_split
     network: Callable[[Context], nn.Module] = standard_network

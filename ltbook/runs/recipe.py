@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4  # on everything that trains
     schedule: Literal['step', 'cosine'] = 'step'  # see ltbook.train.schedule
     max_steps: Annotated[int, Field(ge=1)] | None = None  # cut every epoch, for smoke runs
-    backbone: Literal['resnet32', 'resnet50', 'resnet152_frozen'] = 'resnet32'  # only resnet32 can be run so far
+    backbone: Literal['resnet32', 'resnet10', 'resnet50', 'resnet152', 'resnet152_frozen'] = 'resnet32'  # only resnet32 can be run so far
     head: Literal['linear', 'cosine'] = 'linear'
     precision: Literal['fp32', 'bf16'] = 'fp32'  # of training; evaluation is always fp32
     channels_last: bool = True
@@ -93,7 +93,7 @@ def recipe(
     m = get_method(method)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
     row = published_row(m, dataset, imbalance)
-    values = row.changes | PROFILES.get(profile, {}) | (m.smoke if profile == 'smoke' else {}) | changes
+    values = row.changes | PROFILES.get(profile, {}) | dict(short=m.short, smoke=m.smoke).get(profile, {}) | changes
     fields, own = set(Recipe.model_fields) - {'settings'}, set(m.settings.model_fields)
     unknown = [k for k in values if k not in fields | own]
     if unknown: raise UserError(_unknown_names(unknown, m, fields - {'method', 'dataset', 'imbalance', 'profile', 'source'}, own))

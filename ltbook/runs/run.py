@@ -85,7 +85,7 @@ def stage_measures(
     labels = context.parts['test'].labels.cpu()
     confidence, prediction = confidences(torch.from_numpy(logits))
     bins = calibration_bins(confidence, prediction == labels)
-    return measures(logits, labels, context.counts, context.recipe.shot_rule) | dict(bins=json.loads(bins.to_json(orient='records')))
+    return measures(logits, labels, context.tail.counts, context.recipe.shot_rule) | dict(bins=json.loads(bins.to_json(orient='records')))
 
 # %% ../../nbs/runs/63_run.ipynb #ca046779
 def best_on_test(
@@ -102,12 +102,12 @@ def collect_metrics(
     context: Context,  # with the logits of its stages
     rows: list[dict],  # history
 ) -> dict:  # stage -> measures, 'final', 'protocol'
-    "Everything that goes into metrics.json; the last stage with logits is also `final`, and last-epoch numbers are the result."
+    "Everything that goes into metrics.json; the last stage with logits is also `final`, and last-epoch numbers are the result unless a validation part chose."
     out = {name: stage_measures(context, arrays['logits']) for name, arrays in context.logits.items() if 'logits' in arrays}
-    for name in out: out[name] |= dict(selection='last', best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
+    for name in out: out[name] |= dict(selection=context.selection.get(name, 'last'), best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
     last = list(out)[-1]
-    rule = protocol(context.parts['test'].labels.cpu(), context.counts, context.recipe.shot_rule)
-    return out | dict(final=out[last] | dict(stage=last), protocol=rule | dict(selection='last', data_sha256=context.tail.sha256))
+    rule = protocol(context.parts['test'].labels.cpu(), context.tail.counts, context.recipe.shot_rule)
+    return out | dict(final=out[last] | dict(stage=last), protocol=rule | dict(selection=out[last]['selection'], data_sha256=context.tail.sha256) | context.notes)
 
 # %% ../../nbs/runs/63_run.ipynb #b3641475
 def write_predictions(
@@ -117,7 +117,7 @@ def write_predictions(
     "Write logits of all stages, labels and train counts to HDF5, atomically."
     def write(p):
         with h5py.File(p, 'w') as f:
-            f['labels'], f['train_counts'] = context.parts['test'].labels.cpu().numpy(), context.counts
+            f['labels'], f['train_counts'] = context.parts['test'].labels.cpu().numpy(), context.tail.counts
             for stage, arrays in context.logits.items():
                 for name, a in arrays.items(): f[f'{stage}/{name}'] = a
             f['logits'] = h5py.SoftLink(f'/{[s for s, a in context.logits.items() if "logits" in a][-1]}/logits')
@@ -227,6 +227,7 @@ def run(
     if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)
     for name, build in get_method(recipe.method).stages.items():
         stage = build(context)
+        if stage is None: continue
         run_stage(context, stage, folder, report, on_step)
         arrays = stage_logits(context, stage)
         if arrays: context.logits[name] = arrays

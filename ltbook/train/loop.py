@@ -137,6 +137,7 @@ def fit(
     if saved and saved['stage'] == stage.name: done, curves = restore(saved, stage, optimizer, rng)
     if folder: rows = [r for r in read_rows(folder/'history.csv') if r['stage'] != stage.name or r['epoch'] < done]
     for epoch in range(done, stage.epochs):
+        if stage.stop and stage.stop(epoch): break
         began = time.perf_counter()
         step = (lambda images, loss: on_step(stage.name, epoch, images, loss)) if on_step else None
         loss, images = train_epoch(stage, epoch, optimizer, rng, compute, step)
@@ -152,6 +153,7 @@ def fit(
             write_rows(folder/'history.csv', rows)
             save_state(folder/'training.pt', snapshot(stage, optimizer, rng, epoch + 1, curves))
         if report: report(row)
+    if stage.at_end: stage.at_end()
     curves = {k: torch.stack(v) for k, v in curves.items()}
     if folder: finish(stage, folder, curves)
     return [r for r in rows if r['stage'] == stage.name], curves

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'STAGES', 'RECIPES', 'class_balanced_experts', 'ExpertSettings', 'expert_classes', 'experts_split',
            'train_only', 'expert_mode', 'raw_logits', 'keep_best', 'generalist', 'expert_network', 'expert', 'members',
-           'side_by_side', 'fusion_stage', 'calibrated', 'extended']
+           'side_by_side', 'calibration_stage', 'fusion_stage', 'calibrated', 'extended']
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #c70f4430
 import copy, warnings
@@ -200,6 +200,25 @@ def side_by_side(
         if ids is not None and (z[-1].argmax(1) == len(ids)).all(): warnings.warn(f'{k} rejects every image of the part {part}.', stacklevel=2)
     return torch.cat(z, 1)
 
+def calibration_stage(
+    net: JointCalibration,  # to be trained
+    x: Tensor,  # raw logits of all members (n, sum of widths)
+    y: Tensor,  # labels (n,), of images that are not test images
+    n_classes: int,  # C
+    name: str = 'calibrated',  # of the stage
+    epochs: int = 90,  # a tenth of the rate after each third
+    lr: float = 0.1,  # of the first third
+    batch_size: int = 64,  # at most all images
+    seed: int = 0,  # of the order
+    **more,  # of the stage: steps, momentum
+) -> Stage:  # over scales and biases
+    "Class-balanced negative log likelihood of the fused posterior."
+    v = y.bincount(minlength=n_classes)
+    data = dict(x=x, y=y, weight=len(y)/((v > 0).sum()*v)[y])
+    return Stage(name, net, InstanceBalanced(y.cpu().unique(return_inverse=True)[1], seed=seed), lambda i, rng: {k: a[torch.as_tensor(i, device=y.device)] for k, a in data.items()},
+                 lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(), lr=lambda e: SCHEDULES['thirds'](e, epochs, lr), epochs=epochs,
+                 batch_size=min(batch_size, len(y)), weight_decay=5e-4, seed=seed, **more)
+
 def fusion_stage(
     context: Context,  # with the logits of the experts
     name: str,  # of the stage
@@ -209,15 +228,12 @@ def fusion_stage(
 ) -> Stage:  # over the parameters of the fusion
     "Fuse the stored logits, with or without learned scales and biases."
     s, r, who, device = context.settings, context.recipe, members(context, full), context.compute.device
-    ratios = [1 if ids is None else (s.ratios[int(k[-1]) - 1] if s.ratios[int(k[-1]) - 1] != -1 else len(ids)) for k, ids in who.items()]
+    ratios = [1 if ids is None else len(ids) if s.ratios[int(k[-1]) - 1] == -1 else s.ratios[int(k[-1]) - 1] for k, ids in who.items()]
     tied = s.parameters == 'tied' or (s.parameters == 'protocol' and s.protocol == 'H')
     net = JointCalibration(list(who.values()), context.n_classes, ratios if shift else None, tied).to(device)
-    x, y = side_by_side(context, 'val', full).to(device), context.parts[s.calibrate_on].labels
-    counts = y.bincount(minlength=context.n_classes)
-    weight = len(y)/(context.n_classes*counts)[y]
-    stage = Stage(name, net, InstanceBalanced(y.cpu(), seed=r.seed), lambda i, rng: {k: v[torch.as_tensor(i, device=device)] for k, v in dict(x=x, y=y, weight=weight).items()},
-                  lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(), lr=lambda e: SCHEDULES['thirds'](e, epochs, s.calibration_lr), epochs=epochs,
-                  batch_size=min(s.calibration_batch, len(y)), steps=r.max_steps, momentum=r.momentum, weight_decay=5e-4, seed=r.seed)
+    x = side_by_side(context, 'val', full).to(device)
+    stage = calibration_stage(net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr, s.calibration_batch, r.seed,
+                              steps=r.max_steps, momentum=r.momentum)
     def outputs():
         with torch.no_grad(): return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
     stage.outputs = outputs
@@ -242,7 +258,7 @@ RECIPES = (
                                       generalist_schedule='tens', expert_epochs=(100, 100, 100), expert_schedules=('tens', 'tens', 'tens')), _code),
     *(Published('cifar100', i, {}, _ours) for i in (200, 100, 50)),
     *(Published('cifar10', i, dict(splits='quantile'), _ours) for i in (200, 100, 50, 10)),
-    Published('digits', None, dict(epochs=100, splits='quantile', expert_batches=(64, 32, 16)), _ours),
+    Published('digits', None, dict(epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours),
 )
 class_balanced_experts = register(Method('class_balanced_experts', 'experts for parts of the classes, jointly calibrated', 'Sharma et al., GCPR 2020, arXiv 2004.03706', STAGES,
                                          ExpertSettings, RECIPES, short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2), split=experts_split))

@@ -63,11 +63,13 @@ def tau_stage2(
     stage.name, stage.epochs = 'stage2', 0
     return stage
 
-# %% ../../nbs/methods/54_decoupling.ipynb #4f848097
+# %% ../../nbs/methods/54_decoupling.ipynb #23285076
 _rows = tuple(Published(d, i, dict(mixup_alpha=1.0), 'MiSLAS, comparison rows +mixup (CVPR 2021); stage-2 rate not published') for d in ('cifar10', 'cifar100') for i in (100, 50, 10))
 _digits = Published('digits', None, dict(epochs=100, mixup_alpha=1.0), 'ltbook: the CIFAR-10 values, as no paper uses digits')
-_paper = 'Kang et al., ICLR 2020, arXiv 1910.09217'
+_paper, _mixup = 'Kang et al., ICLR 2020, arXiv 1910.09217', dict(stage1=('MiSLAS', 'CE+mixup'))
 
-crt = register(Method('crt', 'classifier re-training', _paper, dict(stage1=stage1, stage2=crt_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1)))
-lws = register(Method('lws', 'learnable weight scaling', _paper, dict(stage1=stage1, stage2=lws_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1)))
-tau_norm = register(Method('tau_norm', 'tau-normalised classifier', _paper, dict(stage1=stage1, stage2=tau_stage2), TauSettings, (*_rows, _digits)))
+crt = register(Method('crt', 'classifier re-training', _paper, dict(stage1=stage1, stage2=crt_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1),
+                      printed=_mixup | dict(stage2=('MiSLAS', 'cRT+mixup(s1)'))))
+lws = register(Method('lws', 'learnable weight scaling', _paper, dict(stage1=stage1, stage2=lws_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1),
+                      printed=_mixup | dict(stage2=('MiSLAS', 'LWS+mixup(s1)'))))
+tau_norm = register(Method('tau_norm', 'tau-normalised classifier', _paper, dict(stage1=stage1, stage2=tau_stage2), TauSettings, (*_rows, _digits), printed=_mixup))

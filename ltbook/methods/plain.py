@@ -26,11 +26,12 @@ def stage1(
 _rows = tuple(Published(d, i, {}, 'MiSLAS stage 1, authors\' configuration files (CVPR 2021)') for d in ('cifar10', 'cifar100') for i in (100, 50, 10))
 _digits = Published('digits', None, dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits')
 
-cross_entropy = register(Method('cross_entropy', 'plain cross-entropy', 'baseline of every table', dict(stage1=stage1), PlainSettings, (*_rows, _digits)))
+cross_entropy = register(Method('cross_entropy', 'plain cross-entropy', 'baseline of every table', dict(stage1=stage1), PlainSettings, (*_rows, _digits),
+                                printed=dict(stage1=('MiSLAS', 'CE'))))
 
 def _mixed(p: Published) -> Published:
     "The same row with mixup."
     return Published(p.dataset, p.imbalance, p.changes | dict(mixup_alpha=1.0), p.source)
 
 mixup = register(Method('mixup', 'cross-entropy on mixed images', 'Zhang et al., ICLR 2018, arXiv 1710.09412', dict(stage1=stage1), PlainSettings,
-                        tuple(map(_mixed, (*_rows, _digits)))))
+                        tuple(map(_mixed, (*_rows, _digits))), printed=dict(stage1=('MiSLAS', 'CE+mixup'))))

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 import h5py, numpy as np, torch
 from ..data.checks import UserError
-from ..data.images import load_images
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
 from ..methods.method import Context, Method, get_method
@@ -34,13 +33,13 @@ def make_context(
     device: str = 'auto',  # see `find_device`
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
-    if recipe.backbone != 'resnet32':
-        raise UserError(f'{recipe.dataset} with {recipe.backbone} is a declared recipe: it needs a large-scale loader for 224-pixel images, which is not part of ltbook yet.')
     method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile)
-    data = load_images(recipe.dataset, root)
+    data = method.data(recipe, root)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
     context.network = method.network(context)
+    method.check(context)
+    next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
     return context
 
 # %% ../../nbs/runs/63_run.ipynb #cddf34ed
@@ -102,7 +101,7 @@ def collect_metrics(
     context: Context,  # with the logits of its stages
     rows: list[dict],  # history
 ) -> dict:  # stage -> measures, 'final', 'protocol'
-    "Everything that goes into metrics.json; the last stage with logits is also `final`, and last-epoch numbers are the result unless a validation part chose."
+    "Everything that goes into metrics.json; the last stage with logits is also `final`, and last-epoch numbers are the result unless the stage says otherwise."
     out = {name: stage_measures(context, arrays['logits']) for name, arrays in context.logits.items() if 'logits' in arrays}
     for name in out: out[name] |= dict(selection=context.selection.get(name, 'last'), best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
     last = list(out)[-1]
@@ -178,7 +177,7 @@ def recipe_from(
     **changes,  # as in `recipe`
 ) -> Recipe:  # with `start` set
     "A recipe that takes over the first stage of another run. Raises `UserError` if the method has no further stage or changes touch stage 1."
-    if 'stage2' not in get_method(method).stages: raise UserError(f'{method} has no second stage to start from {start.id}.')
+    if len(get_method(method).stages) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
     touched = sorted(set(changes) & set(STAGE1_FIELDS))
     if touched: raise UserError(f'{", ".join(touched)} belong to stage 1, which is taken from {start.id}: leave them out, or run without --from.')
     r, own = start.recipe, get_method(method).settings.model_fields
@@ -230,7 +229,7 @@ def run(
         if stage is None: continue
         run_stage(context, stage, folder, report, on_step)
         arrays = stage_logits(context, stage)
-        if arrays: context.logits[name] = arrays
+        if arrays: context.logits[name], context.selection[name] = arrays, stage.selection
     rows = read_rows(folder/'history.csv')
     write_predictions(folder/'predictions.h5', context)
     write_json(folder/'metrics.json', collect_metrics(context, rows))

@@ -127,7 +127,7 @@ def fit(
     evaluate: Callable[[Stage], dict] | None = None,  # numbers of the test set, logged but never used for a choice
     test_every: int = 0,  # epochs between calls of `evaluate`; 0 never
     report: Callable[[dict], None] | None = None,  # called with every finished row
-    on_step: Callable[[str, int, int, float], None] | None = None,  # called with (stage, epoch, images, mean loss)
+    on_step: Callable[[Stage, int, int, float], None] | None = None,  # called with (stage, epoch, images, mean loss)
 ) -> tuple[list[dict], dict]:  # rows of this stage, curves (epochs, ...) by name
     "Train a stage from where it was left; write a row an epoch and, at the end, the weights. Raises `NonFiniteLoss`."
     compute.prepare(stage.network)
@@ -139,14 +139,14 @@ def fit(
     for epoch in range(done, stage.epochs):
         if stage.stop and stage.stop(epoch): break
         began = time.perf_counter()
-        step = (lambda images, loss: on_step(stage.name, epoch, images, loss)) if on_step else None
+        step = (lambda images, loss: on_step(stage, epoch, images, loss)) if on_step else None
         loss, images = train_epoch(stage, epoch, optimizer, rng, compute, step)
         seconds = time.perf_counter() - began
         logged = stage.after_epoch(epoch) if stage.after_epoch else {}
         row = dict(stage=stage.name, epoch=epoch, lr=stage.lr(epoch), loss=loss, seconds=round(seconds, 3), images_per_second=round(images/seconds, 1))
         for k, v in logged.items():
             if isinstance(v, Tensor) and v.ndim: curves.setdefault(k, []).append(v.detach().cpu())
-            else: row[k] = float(v)
+            else: row[k] = v.item() if isinstance(v, Tensor) else float(v)
         if evaluate and test_every and ((epoch + 1) % test_every == 0 or epoch + 1 == stage.epochs): row |= evaluate(stage)
         rows.append(row)
         if folder:

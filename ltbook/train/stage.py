@@ -49,6 +49,7 @@ class Stage:
     stop: Callable[[int], bool] | None = None  # epochs done -> whether that is enough; asked before every epoch
     at_end: Callable[[], None] | None = None  # after the last epoch, before the weights are written
     predict: Callable[[nn.Module, Tensor], dict] | None = lambda network, x: dict(logits=network(x))  # for test images; None: nothing to evaluate
+    selection: str = 'last'  # which epoch the stage ends with, as the metrics shall call it: last, best_on_val, best_on_test
     outputs: Callable[[], dict] | None = None  # instead of `predict`, for stages that do not see images: named tensors for the whole test part
 
     def __post_init__(self):

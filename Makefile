@@ -1,0 +1,28 @@
+# make run   trains MiSLAS on a long-tailed digits set and shows the result (about a minute after installing)
+# make test  checks that notebooks and package agree, runs every page and every test
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: run test install lab clean
+run: install
+	$(BIN)/ltbook run mislas digits --profile paper --seed 0
+
+test: install
+	$(BIN)/python -m pytest -q tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/test_notebooks.py
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: settings.ini setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+lab: install
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

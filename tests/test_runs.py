@@ -1,0 +1,172 @@
+"Whole runs: through papermill and the command line, killed with SIGKILL, from damaged files, with bad words"
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ltbook.data.checks import UserError
+from ltbook.data.images import data_root
+from ltbook.runs.folder import find_runs, load_run, run_id
+from ltbook.runs.recipe import Recipe, recipe
+from ltbook.runs.run import recipe_from, run
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT/'nbs'/'experiments'/'80_run.ipynb'
+ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', COLUMNS='160')
+CLI = [sys.executable, '-c', 'from ltbook.runs.cli import main; main()']
+
+
+def ltbook(*words, cwd=None): return subprocess.run([*CLI, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def smoke(tmp_path_factory):
+    "A finished smoke run and its parent folder"
+    out = tmp_path_factory.mktemp('outputs')
+    return load_run(run(recipe('mislas', profile='smoke'), out)), out
+
+
+def test_metrics_have_the_promised_names(smoke):
+    m = smoke[0].metrics
+    assert list(m) == ['stage1', 'stage2', 'final', 'protocol']
+    for s in ('stage1', 'stage2', 'final'):
+        assert {'top1', 'many', 'medium', 'few', 'ece15', 'nll', 'brier', 'bins', 'per_class', 'best_on_test'} <= set(m[s]) and 0 <= m[s]['top1'] <= 1
+    assert m['protocol']['shot_rule'] == '100/20' and m['protocol']['selection'] == 'last' and m['protocol']['bins'] == 15
+    assert all(m['final'][k] == m['stage2'][k] for k in m['stage2'])
+
+
+def test_measures_come_from_the_stored_logits(smoke):
+    p, m = smoke[0].predictions, smoke[0].metrics
+    assert (p['stage1/logits'].argmax(1) == p['labels']).mean() == pytest.approx(m['stage1']['top1'])
+    assert np.array_equal(p['train_counts'], [124, 88, 63, 45, 32, 23, 16, 12, 8, 6])
+
+
+def test_empty_group_is_null(tmp_path):
+    "Balanced digits have 124 images a class: nobody is medium or few"
+    r = load_run(run(recipe('cross_entropy', imbalance=1, profile='smoke'), tmp_path))
+    assert r.metrics['final']['few'] is None and r.metrics['final']['ece15_few'] is None
+    assert '"few": null' in (r.path/'metrics.json').read_text()
+
+
+def test_killed_run_goes_on(tmp_path):
+    "SIGKILL in the middle, then the same command: same logits as an undisturbed run"
+    words = ('run', 'mislas', 'digits', '--profile', 'smoke', '--set', 'epochs=30', '--bare', '--out', tmp_path/'a')
+    folder = tmp_path/'a'/run_id(recipe('mislas', profile='smoke', epochs=30))
+    p = subprocess.Popen([*CLI, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if (folder/'history.csv').exists() and len((folder/'history.csv').read_text().splitlines()) > 3: break
+        time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert (folder/'training.pt').exists() and not (folder/'done.json').exists()
+    with pytest.raises(UserError, match='not finished'): load_run(folder)
+    assert find_runs(tmp_path/'a') == []
+    assert ltbook(*words).returncode == 0
+    whole = load_run(run(recipe('mislas', profile='smoke', epochs=30), tmp_path/'b', device='cpu'))
+    resumed = load_run(folder)
+    assert len(resumed.history) == len(whole.history) == 31
+    assert np.allclose(resumed.predictions['logits'], whole.predictions['logits'], rtol=1e-4, atol=1e-3)
+    assert not list(folder.glob('.*part*'))
+
+
+def test_from_copies_the_first_stage(smoke):
+    first, out = smoke
+    second = load_run(run(recipe_from(first, 'lws'), out, start=first))
+    assert second.metrics['stage1']['top1'] == first.metrics['stage1']['top1'] and second.recipe.start == first.id
+
+
+def test_bad_folders(smoke, tmp_path):
+    first, _ = smoke
+    copy = tmp_path/'copy'
+    shutil.copytree(first.path, copy)
+    (copy/'metrics.json').write_text((copy/'metrics.json').read_text()[:50])
+    with pytest.raises(UserError, match='damaged'): load_run(copy)
+    with pytest.raises(UserError, match='not a run folder'): load_run(tmp_path)
+    (copy/'predictions.h5').unlink()
+    shutil.copy(first.path/'metrics.json', copy/'metrics.json')
+    with pytest.raises(UserError, match='no logits'): load_run(copy).predictions
+
+
+def test_truncated_training_state_is_told(tmp_path):
+    r = recipe('cross_entropy', profile='smoke')
+    folder = tmp_path/run_id(r)
+    folder.mkdir(parents=True)
+    (folder/'training.pt').write_bytes(b'PK half')
+    with pytest.raises(UserError, match='damaged'): run(r, tmp_path)
+
+
+@pytest.mark.parametrize('words, says', [
+    (('mislsa',), 'mislas'), (('mislas', 'cifra100'), 'cifar100'), (('mislas', '--set', 'weight_deca=1'), 'weight_decay'), (('mislas', '--set', 'lr=fast'), 'lr'),
+    (('mislas', '--set', 'lr'), 'key=value'), (('mislas', '--imbalance', '0.5'), 'imbalance'), (('mislas', '--imbalance', '500'), 'without images'), (('mislas', '--device', 'gpu'), 'device'),
+    (('mislas', '--imbalance', '1'), 'equal'), (('mislas', '--set', 'batch_size=9999'), 'batch_size'), (('mislas', 'places_lt'), 'large-scale'), (('mislas', '--from', 'nothing'), 'no run')])
+def test_mistakes_exit_2_with_one_sentence(tmp_path, words, says):
+    p = ltbook('run', *words, '--out', tmp_path/'out')
+    assert p.returncode == 2 and says in p.stderr and 'Traceback' not in p.stderr + p.stdout
+    assert not list(tmp_path.rglob('*.*')), 'a refused run leaves nothing behind'
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path/'file').write_text('')
+    p = ltbook('run', 'mislas', '--profile', 'smoke', '--bare', '--out', tmp_path/'file')
+    assert p.returncode == 2 and 'Cannot make' in p.stderr
+
+
+def test_damaged_data(tmp_path):
+    (tmp_path/'cifar100.h5').write_bytes(b'\x89HDF half a file')
+    p = ltbook('run', 'mislas', 'cifar100', '--data-root', tmp_path, '--out', tmp_path/'out')
+    assert p.returncode == 2 and 'cifar100.h5' in p.stderr and 'Traceback' not in p.stderr
+
+
+def test_through_the_notebook(tmp_path):
+    "`ltbook run` executes the page: log, figures, no path of this machine"
+    pytest.importorskip('papermill')
+    p = ltbook('run', 'balanced_softmax', '--profile', 'smoke', '--out', 'out', cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
+    r = find_runs(tmp_path/'out')[0]
+    assert (r.path/'run.ipynb').exists() and {f.name for f in (r.path/'figures').iterdir()} == {'profile.png', 'history.png', 'reliability.png', 'shot_accuracy.png'}
+    assert str(tmp_path) not in (r.path/'run.ipynb').read_text() and 'run.ipynb' in p.stdout
+    assert not list(r.path.glob('.*')) and not (r.path/'progress.json').exists()
+    again = ltbook('run', 'balanced_softmax', '--profile', 'smoke', '--out', 'out', cwd=tmp_path)
+    assert again.returncode == 0 and 'run.ipynb' in again.stdout
+
+
+def test_plain_papermill_from_anywhere(tmp_path):
+    papermill = pytest.importorskip('papermill')
+    os.environ['PYTHONPATH'] = str(ROOT)
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        papermill.execute_notebook(str(NOTEBOOK), 'good.ipynb', dict(method='mixup', out='runs', mixup_alpha=.5), progress_bar=False, kernel_name='python3')
+        assert find_runs('runs')[0].recipe.settings.mixup_alpha == .5
+        with pytest.raises(papermill.PapermillExecutionError, match='mixup_alpha'):
+            papermill.execute_notebook(str(NOTEBOOK), 'bad.ipynb', dict(method='mixup', out='other', mixup_alhpa=.5), progress_bar=False, kernel_name='python3')
+        assert not Path('other').exists(), 'refused before training'
+    finally: os.chdir(here)
+
+
+@pytest.mark.parametrize('page', ['90_reliability', '91_shot_accuracy'])
+def test_analysis_on_nothing(tmp_path, page):
+    papermill = pytest.importorskip('papermill')
+    os.environ['PYTHONPATH'] = str(ROOT)
+    nb = papermill.execute_notebook(str(ROOT/'nbs'/'analysis'/f'{page}.ipynb'), str(tmp_path/'out.ipynb'), dict(outputs=str(tmp_path/'none')), progress_bar=False, kernel_name='python3')
+    assert 'Make one with' in json.dumps(nb)
+
+
+def test_committed_runs_can_be_read():
+    for r in find_runs(ROOT/'outputs'):
+        assert isinstance(r.recipe, Recipe) and r.metrics['final']['n'] == r.metrics['protocol']['n_test']
+        assert r.path.relative_to(ROOT/'outputs').as_posix() == r.id, 'the folder of a run is named by its recipe'
+
+
+def test_real_cifar_smoke(tmp_path):
+    "A few steps on the real thing"
+    if not (data_root()/'cifar100.h5').exists(): pytest.skip('cifar100.h5 is not in LTBOOK_DATA')
+    r = load_run(run(recipe('mislas', 'cifar100', 100, 'smoke'), tmp_path))
+    counts = r.predictions['train_counts']
+    assert counts.sum() == 10_847 and counts[0] == 500 and counts[-1] == 5 and r.metrics['protocol']['group_sizes'] == dict(many=35, medium=35, few=30)

@@ -131,6 +131,7 @@ def keep_best(
     def accuracy(): return (predict(stage.network, view, len(part))['logits'].argmax(1) == part.labels.cpu()).double().mean().item()
     best = KeepBest(stage.network, accuracy, patience)
     stage.state, stage.after_epoch, stage.stop, stage.at_end = dict(best=best), best.look, best.stop, best.put_back
+    stage.selection = 'best_on_val'
     return stage
 
 def generalist(
@@ -144,7 +145,6 @@ def generalist(
     part = context.parts[s.calibrate_on]
     stage.outputs = lambda: raw_logits(context, context.network, 'logits') | dict(val_labels=part.labels)
     context.notes |= dict(validation=s.protocol, n_validation=len(context.parts['val']), calibrated_on=s.calibrate_on)
-    if s.protocol == 'V': context.selection |= dict.fromkeys(STAGES, 'best_on_val')
     return stage
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #532a4cc8
@@ -236,7 +236,7 @@ def fusion_stage(
                               steps=r.max_steps, momentum=r.momentum)
     def outputs():
         with torch.no_grad(): return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
-    stage.outputs = outputs
+    stage.outputs, stage.selection = outputs, 'best_on_val' if s.protocol == 'V' else 'last'     # of the networks under it
     return stage
 
 def calibrated(context: Context) -> Stage: return fusion_stage(context, 'calibrated', epochs=context.settings.calibration_epochs)
@@ -261,4 +261,5 @@ RECIPES = (
     Published('digits', None, dict(epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours),
 )
 class_balanced_experts = register(Method('class_balanced_experts', 'experts for parts of the classes, jointly calibrated', 'Sharma et al., GCPR 2020, arXiv 2004.03706', STAGES,
-                                         ExpertSettings, RECIPES, short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2), split=experts_split))
+                                         ExpertSettings, RECIPES, short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2), split=experts_split,
+                                         printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

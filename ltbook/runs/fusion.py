@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Logits', 'write_logits', 'read_logits', 'run_members', 'export_logits', 'check_alike', 'Fused', 'fuse_logits',
-           'unused_images', 'logits_on', 'expert_table', 'oracle_logits', 'reject_curve']
+           'unused_images', 'logits_on', 'run_splits', 'expert_table', 'oracle_logits', 'reject_curve',
+           'share_generalist']
 
 # %% ../../nbs/runs/68_fusion.ipynb #46a56649
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.images import load_images
+from ..data.parts import class_splits
 from ..data.stores import ImageSet
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method
 from ..models.fusion import JointCalibration, check_logits
 from .folder import Run
-from .run import make_context, stage_logits
+from .recipe import Recipe
+from .run import STAGE1_FIELDS, make_context, open_folder, stage_logits
 from ..train.compute import Compute
-from ..train.files import load_state, load_weights, write_atomic
+from ..train.files import load_state, load_weights, read_rows, write_atomic, write_rows
 from ..train.loop import fit
 
 # %% ../../nbs/runs/68_fusion.ipynb #de425eb6
@@ -175,6 +178,14 @@ def logits_on(
         if name == stage: break
     return Logits(f'{run.recipe.method} {stage}', torch.from_numpy(context.logits[stage]['logits']), images.labels.cpu(), np.ones(images.n_classes, bool))
 
+# %% ../../nbs/runs/68_fusion.ipynb #faffa431
+def run_splits(
+    run: Run,  # of Class-Balanced Experts, with its predictions
+) -> dict[str, np.ndarray]:  # many, medium, few, or head, mid, tail -> class ids
+    "The classes of each expert, under the name of their split."
+    s = run.recipe.settings
+    return class_splits(run.predictions['train_counts'], s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
+
 # %% ../../nbs/runs/68_fusion.ipynb #a04bb653
 def expert_table(
     experts: Sequence[Logits],  # on one part
@@ -206,3 +217,21 @@ def reject_curve(
     "How many own images an expert accepts for the foreign ones it lets through."
     outside, inside, _ = roc_curve(np.isin(expert.labels, expert.classes), 1 - expert.logits.softmax(1)[:, -1])
     return pd.DataFrame(dict(outside=outside, inside=inside))
+
+# %% ../../nbs/runs/68_fusion.ipynb #878914ba
+def share_generalist(
+    start: Run,  # of Class-Balanced Experts, with its weights
+    recipe: Recipe,  # of the new run, not yet started
+    out: str | Path = 'outputs',  # parent of all runs
+) -> Path:  # folder of the new run, ready for `run`
+    "Take over a trained generalist. Raises `UserError` unless the new recipe would train the very same one."
+    same = ('dataset', 'imbalance', 'max_steps', *STAGE1_FIELDS)
+    own = ('protocol', 'generalist_schedule', 'generalist_patience')
+    if start.recipe.method != recipe.method: raise UserError(f'{start.id} has no generalist for {recipe.method}.')
+    other = [k for k in same if getattr(start.recipe, k) != getattr(recipe, k)] + [k for k in own if getattr(start.recipe.settings, k) != getattr(recipe.settings, k)]
+    if other: raise UserError(f'The generalist of {start.id} was trained with another {", ".join(other)}: run without sharing.')
+    source, folder = start.path/'generalist.safetensors', open_folder(recipe, out)
+    if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: {start.env.get("command")}')
+    write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])
+    write_atomic(folder/source.name, lambda p: p.write_bytes(source.read_bytes()))
+    return folder

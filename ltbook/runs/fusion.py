@@ -28,10 +28,10 @@ from ..train.compute import Compute
 from ..train.files import load_state, load_weights, read_rows, write_atomic, write_rows
 from ..train.loop import fit
 
-# %% ../../nbs/runs/68_fusion.ipynb #de425eb6
+# %% ../../nbs/runs/68_fusion.ipynb #20f110cb
 @dataclass(frozen=True, eq=False)
 class Logits:
-    "The logits of one member on one part. Raises `UserError` for shapes that don't fit, NaN, or an expert that rejects everything."
+    "The logits of one member on one part. Raises `UserError` for shapes that don't fit, and for NaN."
     name: str  # of the member, for messages
     logits: Tensor  # float32 (n, K_e + 1), or (n, C)
     labels: Tensor  # int64 (n,)
@@ -42,7 +42,7 @@ class Logits:
         if not self.class_mask.any(): raise UserError(f'{self.name} knows no class: its class_mask is false everywhere.')
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.n_classes:
             raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to {int(self.labels.max())}, but its class_mask is about {self.n_classes} classes.')
-        check_logits(self.logits, self.classes, self.n_classes, self.name)
+        check_logits(self.logits, self.classes, self.n_classes, self.name, rejects=False)
 
     @property
     def n_classes(self) -> int: return len(self.class_mask)
@@ -110,8 +110,9 @@ def export_logits(
 def check_alike(
     members: Sequence[Logits],  # on one part
 ) -> None:
-    "Raise `UserError` unless all members speak of the same classes and the same images in the same order."
+    "Raise `UserError` unless all members speak of the same images in the same order, and none of them rejects everything."
     first = members[0]
+    for m in members: check_logits(m.logits, m.classes, m.n_classes, m.name)
     for m in members[1:]:
         if m.n_classes != first.n_classes: raise UserError(f'{m.name} is about {m.n_classes} classes, {first.name} about {first.n_classes}: fuse logits of one data set.')
         if not torch.equal(m.labels, first.labels): raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same images in the same order.')
@@ -186,7 +187,12 @@ def run_splits(
     s = run.recipe.settings
     return class_splits(run.predictions['train_counts'], s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
 
-# %% ../../nbs/runs/68_fusion.ipynb #a04bb653
+# %% ../../nbs/runs/68_fusion.ipynb #14033086
+def _acceptance(m: Logits) -> Tensor:
+    "Log odds of not rejecting, in float64: probabilities near one would be ties"
+    z = m.logits.double()
+    return z[:, :-1].logsumexp(1) - z[:, -1]
+
 def expert_table(
     experts: Sequence[Logits],  # on one part
 ) -> pd.DataFrame:  # a row an expert; fractions
@@ -196,9 +202,8 @@ def expert_table(
         own = torch.isin(m.labels, torch.as_tensor(m.classes))
         number = torch.full((m.n_classes,), len(m.classes)); number[torch.as_tensor(m.classes)] = torch.arange(len(m.classes))
         right = lambda z: (z.argmax(1) == number[m.labels])
-        accept = 1 - m.logits.softmax(1)[:, -1]
         rows.append(dict(expert=m.name.split()[-1], classes=len(m.classes), oracle=right(m.logits[:, :-1])[own].double().mean().item(), inside=right(m.logits)[own].double().mean().item(),
-                         outside_rejected=right(m.logits)[~own].double().mean().item(), auroc=float(roc_auc_score(own, accept))))
+                         outside_rejected=right(m.logits)[~own].double().mean().item(), auroc=float(roc_auc_score(own, _acceptance(m)))))
     return pd.DataFrame(rows).set_index('expert')
 
 def oracle_logits(
@@ -215,7 +220,7 @@ def reject_curve(
     expert: Logits,  # on one part
 ) -> pd.DataFrame:  # outside, inside: share of foreign and of own images accepted, over all thresholds
     "How many own images an expert accepts for the foreign ones it lets through."
-    outside, inside, _ = roc_curve(np.isin(expert.labels, expert.classes), 1 - expert.logits.softmax(1)[:, -1])
+    outside, inside, _ = roc_curve(np.isin(expert.labels, expert.classes), _acceptance(expert))
     return pd.DataFrame(dict(outside=outside, inside=inside))
 
 # %% ../../nbs/runs/68_fusion.ipynb #878914ba

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from ltbook.data.checks import UserError
 from ltbook.data.images import data_root
+from ltbook.runs.cli import app
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.recipe import Recipe, recipe
 from ltbook.runs.run import recipe_from, run
@@ -60,7 +62,7 @@ def test_killed_run_goes_on(tmp_path):
     words = ('run', 'mislas', 'digits', '--profile', 'smoke', '--set', 'epochs=30', '--bare', '--out', tmp_path/'a')
     folder = tmp_path/'a'/run_id(recipe('mislas', profile='smoke', epochs=30))
     p = subprocess.Popen([*CLI, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL)
-    for _ in range(600):
+    for _ in range(3600):          # a busy machine may take long to start
         if (folder/'history.csv').exists() and len((folder/'history.csv').read_text().splitlines()) > 3: break
         time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait()
@@ -106,8 +108,8 @@ def test_truncated_training_state_is_told(tmp_path):
     (('mislas', '--set', 'lr'), 'key=value'), (('mislas', '--imbalance', '0.5'), 'imbalance'), (('mislas', '--imbalance', '500'), 'without images'), (('mislas', '--device', 'gpu'), 'device'),
     (('mislas', '--imbalance', '1'), 'equal'), (('mislas', '--set', 'batch_size=9999'), 'batch_size'), (('mislas', 'places_lt'), 'large-scale'), (('mislas', '--from', 'nothing'), 'no run')])
 def test_mistakes_exit_2_with_one_sentence(tmp_path, words, says):
-    p = ltbook('run', *words, '--out', tmp_path/'out')
-    assert p.returncode == 2 and says in p.stderr and 'Traceback' not in p.stderr + p.stdout
+    p = CliRunner().invoke(app, ['run', *words, '--out', str(tmp_path/'out')], env=dict(COLUMNS='160'))
+    assert p.exit_code == 2 and says in p.output and 'Traceback' not in p.output
     assert not list(tmp_path.rglob('*.*')), 'a refused run leaves nothing behind'
 
 
@@ -115,6 +117,29 @@ def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path/'file').write_text('')
     p = ltbook('run', 'mislas', '--profile', 'smoke', '--bare', '--out', tmp_path/'file')
     assert p.returncode == 2 and 'Cannot make' in p.stderr
+
+
+def test_a_mistake_from_a_real_shell():
+    p = ltbook('run', 'mislsa')
+    assert p.returncode == 2 and p.stderr.startswith('Error: ') and len(p.stderr.splitlines()) == 1 and not p.stdout
+
+
+def test_own_pictures(tmp_path):
+    "A folder of class folders becomes a data set, which runs as it is"
+    from PIL import Image
+    g = np.random.default_rng(0)
+    for name, n in dict(cat=30, dog=12, eel=6).items():
+        (tmp_path/'pictures'/name).mkdir(parents=True)
+        for i in range(n): Image.fromarray(g.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path/'pictures'/name/f'{i}.png')
+    root = ['--data-root', str(tmp_path/'data')]
+    p = CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'pets', '--size', '16', *root])
+    assert p.exit_code == 0 and (tmp_path/'data'/'pets.h5').exists(), p.output
+    p = CliRunner().invoke(app, ['run', 'mislas', 'pets', '--profile', 'smoke', '--set', 'batch_size=16', '--bare', '--out', str(tmp_path/'out'), *root])
+    assert p.exit_code == 0, p.output
+    r = find_runs(tmp_path/'out')[0]
+    assert r.recipe.imbalance is None and r.predictions['train_counts'].tolist() == [24, 10, 5] and r.metrics['final']['n'] == 9
+    again = CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'cifar10', *root])
+    assert again.exit_code == 2, 'the name of a built-in data set is refused'
 
 
 def test_damaged_data(tmp_path):

@@ -115,7 +115,7 @@ def run_(
     if notebook is None and not bare: console.print('papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.')
     with Reporter(console) as r:
         if notebook is None: folder = run(recipe, out, data_root, device, first, r.report, r.on_step)
-        elif not (folder/'run.ipynb').exists() or not (folder/'done.json').exists(): run_notebook(notebook, recipe, words, extra, r.show)
+        elif not (folder/'run.ipynb').exists() or not (folder/'done.json').exists(): run_notebook(notebook, recipe, words, extra, r.show, r.report)
     show_run(load_run(folder))
 
 # %% ../../nbs/runs/79_cli.ipynb #7bf11b11

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['WORDS', 'find_notebook', 'extra_parameters', 'recipe_of', 'tidy', 'run_notebook']
 
-# %% ../../nbs/runs/66_notebook.ipynb #72422f13
+# %% ../../nbs/runs/66_notebook.ipynb #89d0bbae
 import importlib.util, json, os, threading
+from collections.abc import Callable
 from pathlib import Path
 import ltbook
 from ..data.checks import UserError
 from .folder import run_id
 from .recipe import Recipe, recipe
+from ..train.files import read_rows
 
 # %% ../../nbs/runs/66_notebook.ipynb #b055582d
 def find_notebook() -> Path | None:  # None where papermill or the notebook is missing
@@ -60,7 +62,8 @@ def run_notebook(
     recipe: Recipe,  # what the parameters amount to; names the run folder
     words: dict,  # known parameters, as in `WORDS`
     extra: dict,  # further ones
-    show=lambda text: None,  # called with the live line
+    show: Callable[[str], None] = lambda text: None,  # called with the live line
+    report: Callable[[dict], None] = lambda row: None,  # called with every row of the history
 ) -> Path:  # the run folder, with run.ipynb
     "Execute the notebook; the kernel's working folder is the current one. Raises `UserError` or `RuntimeError` with the notebook's own message."
     import papermill
@@ -68,7 +71,7 @@ def run_notebook(
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'Cannot make the run folder under {words["out"]}: {e.strerror}. Choose another place with --out.') from None
     part, over = folder/f'.run-{os.getpid()}.part.ipynb', threading.Event()
-    watcher = threading.Thread(target=_watch, args=(folder/'progress.json', show, over), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(folder, show, report, over), daemon=True)
     watcher.start()
     try: nb = papermill.execute_notebook(str(notebook), str(part), dict(words) | extra, kernel_name='python3', progress_bar=False, cwd=os.getcwd(),
                                            extra_arguments=['--log-level=ERROR'])
@@ -82,8 +85,13 @@ def run_notebook(
     (folder/'failed.ipynb').unlink(missing_ok=True)
     return part.replace(folder/'run.ipynb').parent
 
-def _watch(file: Path, show, over: threading.Event) -> None:
-    "Show the live line that the kernel leaves in a file."
-    while not over.wait(0.5):
-        try: show(json.loads(file.read_text(encoding='utf-8')))
+def _watch(folder: Path, show, report, over: threading.Event) -> None:
+    "Pass on the live line and the rows of the history, which the kernel leaves in files, until it is over."
+    seen, last = len(read_rows(folder/'history.csv')), False
+    while not last:
+        last = over.wait(0.5)
+        try: show(json.loads((folder/'progress.json').read_text(encoding='utf-8')))
         except (OSError, ValueError): pass
+        rows = read_rows(folder/'history.csv')
+        for row in rows[seen:]: report(row)
+        seen = len(rows)

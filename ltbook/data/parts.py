@@ -25,7 +25,8 @@ def held_out_counts(
     counts = np.asarray(counts, dtype=np.int64)
     held = np.clip(np.rint(fraction*counts), 1, most).astype(np.int64)
     if (held >= counts).any():
-        raise UserError(f'Class {np.argmax(held >= counts)} has {counts[np.argmax(held >= counts)]} images, too few to hold one out: lower the imbalance or use protocol V.')
+        raise UserError(f'Class {np.argmax(held >= counts)} has {counts[np.argmax(held >= counts)]} images, too few to hold one out: lower the '
+                        f'imbalance or use protocol V.')
     return held
 
 # %% ../../nbs/data/07_parts.ipynb #ccd71a5c
@@ -51,7 +52,8 @@ def reserve(
     "A long tail and, apart from it, a balanced set. Raises `UserError` where a class is too small."
     labels = np.asarray(labels)
     have = np.bincount(labels)
-    if have.min() <= n_reserved: raise UserError(f'Class {have.argmin()} has {have.min()} images, not more than the {n_reserved} to reserve of each: use protocol H.')
+    if have.min() <= n_reserved: raise UserError(f'Class {have.argmin()} has {have.min()} images, not more than the {n_reserved} to reserve of '
+                                                 f'each: use protocol H.')
     counts = have if imbalance is None else long_tail_counts(float(have.min()), len(have), imbalance, kind)
     counts = np.minimum(counts, have - n_reserved)
     rng, keep, aside = np.random.RandomState(data_seed), [], []
@@ -89,13 +91,15 @@ def class_splits(
     empty = [k for k, ids in splits.items() if not len(ids)]
     if empty and one_of(on_empty, ('error', 'drop'), 'answer to an empty split') == 'error': raise UserError(_empty(empty, splits, counts))
     splits = {k: np.sort(ids).astype(np.int64) for k, ids in splits.items() if len(ids)}
-    if len(splits) < 2: raise UserError('A single expert would own all classes and be the generalist: use --set splits=quantile, or other thresholds.')
+    if len(splits) < 2: raise UserError('A single expert would own all classes and be the generalist: use --set splits=quantile, or other '
+                                        'thresholds.')
     return splits
 
 def _empty(empty, splits, counts):
     "Message for empty splits"
     sizes = ', '.join(f'{k} {len(ids)}' for k, ids in splits.items())
-    return (f'No class falls into {" and ".join(empty)} ({sizes} classes; counts from {counts.max()} to {counts.min()}). Use --set splits=quantile for parts of equal '
+    return (f'No class falls into {" and ".join(empty)} ({sizes} classes; counts from {counts.max()} to {counts.min()}). Use --set '
+            f'splits=quantile for parts of equal '
             'size, --set on_empty=drop for the other experts only, other thresholds (low, high), or lists of classes.')
 
 # %% ../../nbs/data/07_parts.ipynb #d7bfe162
@@ -106,7 +110,8 @@ def open_count(
     n_classes: int,  # K_e, of the expert
 ) -> int:  # images to draw
     "How many foreign images an expert gets. Raises `UserError` if that would be none, warns if the pool is smaller than wanted."
-    if ratio != -1 and not ratio >= 1: raise UserError(f'The open ratio is own over foreign images: at least 1, or -1 for an average class; got {ratio:g}.')
+    if ratio != -1 and not ratio >= 1: raise UserError(f'The open ratio is own over foreign images: at least 1, or -1 for an average class; got '
+                                                       f'{ratio:g}.')
     if n_pool < 1: raise UserError('There are no foreign images to reject: an expert must not own all classes.')
     wanted = int(n_own//(n_classes if ratio == -1 else ratio))
     if wanted < 1: raise UserError(f'Open ratio {ratio:g} leaves no foreign image for {n_own} own ones: use at most {n_own}.')

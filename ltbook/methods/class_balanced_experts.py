@@ -95,7 +95,8 @@ def train_only(
     learnable: int,  # -1 or 1..5
 ) -> nn.Module:  # the same
     "Freeze all but the last units. Raises `UserError` for a depth there is not, warns for 2."
-    if learnable not in (-1, 1, 2, 3, 4, 5): raise UserError(f'learnable is -1 (everything) or 1 to 5 units from the head on for this network, got {learnable}.')
+    if learnable not in (-1, 1, 2, 3, 4, 5): raise UserError(f'learnable is -1 (everything) or 1 to 5 units from the head on for this network, '
+                                                             f'got {learnable}.')
     if learnable == 2: warnings.warn('This network has no further linear layer before its head: learnable=2 is the same as 1.', stacklevel=2)
     units = [network.head, *reversed(network.groups)][:max(1, learnable - 1)]
     network.requires_grad_(learnable == -1)
@@ -118,7 +119,8 @@ def expert_mode(
         if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad: m.eval()
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #60dade99
-SCHEDULES = dict(thirds=lambda e, n, lr: step_schedule(e, n, lr, warmup=0, drops=(1/3, 2/3)), tens=lambda e, n, lr: lr*0.1**(e//10), cosine=cosine_schedule)
+SCHEDULES = dict(thirds=lambda e, n, lr: step_schedule(e, n, lr, warmup=0, drops=(1/3, 2/3)), tens=lambda e, n, lr: lr*0.1**(e//10),
+                 cosine=cosine_schedule)
 
 def raw_logits(
     context: Context,  # with a part test and the one to calibrate on
@@ -179,9 +181,11 @@ def expert(
     if ids is None: return None
     part, info, length = expert_part(context.train, ids, s.ratios[i], r.data_seed), context.info, s.expert_epochs[i]
     net = train_only(expert_network(context, len(ids), number), s.learnable[i])
-    stage = Stage(f'expert{number}', net, InstanceBalanced(part.labels.cpu(), seed=r.seed + number), TrainView(part, info.mean, info.std, info.pad, info.flip),
+    stage = Stage(f'expert{number}', net, InstanceBalanced(part.labels.cpu(), seed=r.seed + number),
+                  TrainView(part, info.mean, info.std, info.pad, info.flip),
                   lambda z, b: mixed_cross_entropy(z, b['y']), lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr), epochs=length,
-                  batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov, weight_decay=s.expert_weight_decay,
+                  batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
+                  weight_decay=s.expert_weight_decay,
                   seed=r.seed, set_mode=lambda n: expert_mode(n, s.frozen_bn))
     stage.outputs = lambda: raw_logits(context, net) | dict(classes=torch.as_tensor(ids))
     return keep_best(stage, context, expert_part(context.parts['val'], ids, 1, r.data_seed), s.patience) if s.protocol == 'V' else stage
@@ -224,8 +228,10 @@ def calibration_stage(
     "Class-balanced negative log likelihood of the fused posterior."
     v = y.bincount(minlength=n_classes)
     data = dict(x=x, y=y, weight=len(y)/((v > 0).sum()*v)[y])
-    return Stage(name, net, InstanceBalanced(y.cpu().unique(return_inverse=True)[1], seed=seed), lambda i, rng: {k: a[torch.as_tensor(i, device=y.device)] for k, a in data.items()},
-                 lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(), lr=lambda e: SCHEDULES['thirds'](e, epochs, lr), epochs=epochs,
+    return Stage(name, net, InstanceBalanced(y.cpu().unique(return_inverse=True)[1], seed=seed),
+                 lambda i, rng: {k: a[torch.as_tensor(i, device=y.device)] for k, a in data.items()},
+                 lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(), lr=lambda e: SCHEDULES['thirds'](e, epochs, lr),
+                 epochs=epochs,
                  batch_size=min(batch_size, len(y)), weight_decay=5e-4, seed=seed, **more)
 
 def fusion_stage(
@@ -241,7 +247,8 @@ def fusion_stage(
     tied = s.parameters == 'tied' or (s.parameters == 'protocol' and s.protocol == 'H')
     net = JointCalibration(list(who.values()), context.n_classes, ratios if shift else None, tied).to(device)
     x = side_by_side(context, 'val', full).to(device)
-    stage = calibration_stage(net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr, s.calibration_batch, r.seed,
+    stage = calibration_stage(net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr,
+                              s.calibration_batch, r.seed,
                               steps=r.max_steps, momentum=r.momentum)
     def outputs():
         with torch.no_grad(): return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
@@ -254,21 +261,27 @@ def extended(context: Context) -> Stage | None:
     return fusion_stage(context, 'extended', epochs=context.settings.calibration_epochs, full=True) if context.settings.extended else None
 
 STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lambda c: expert(c, 2), expert3=lambda c: expert(c, 3),
-              fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False), fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated, extended=extended)
+              fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False), fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated,
+              extended=extended)
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #1591c834
 _code, _ours = 'authors\' released code (GCPR 2020), values its script really uses', 'ltbook: carried over, as the paper has no such data'
-_large = dict(protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256), weight_decay=5e-4, epochs=100, schedule='cosine', generalist_patience=15,
-              ratios=(16, 16, 16), learnable=(-1, 3, 1), expert_epochs=(100, 100, 60), expert_schedules=('tens', 'tens', 'cosine'), calibration_batch=256)
+_large = dict(protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256), weight_decay=5e-4, epochs=100,
+              schedule='cosine', generalist_patience=15,
+              ratios=(16, 16, 16), learnable=(-1, 3, 1), expert_epochs=(100, 100, 60), expert_schedules=('tens', 'tens', 'cosine'),
+              calibration_batch=256)
 
 RECIPES = (
     Published('imagenet_lt', None, dict(_large, backbone='resnet10'), _code),
-    Published('places_lt', None, dict(_large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32), ratios=(16, 8, 8), learnable=(-1, 3, 3),
+    Published('places_lt', None, dict(_large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
+                                      ratios=(16, 8, 8), learnable=(-1, 3, 3),
                                       generalist_schedule='tens', expert_epochs=(100, 100, 100), expert_schedules=('tens', 'tens', 'tens')), _code),
     *(Published('cifar100', i, {}, _ours) for i in (200, 100, 50)),
     *(Published('cifar10', i, dict(splits='quantile'), _ours) for i in (200, 100, 50, 10)),
     Published('digits', None, dict(epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours),
 )
-class_balanced_experts = register(Method('class_balanced_experts', 'experts for parts of the classes, jointly calibrated', 'Sharma et al., GCPR 2020, arXiv 2004.03706', STAGES,
-                                         ExpertSettings, RECIPES, short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2), split=experts_split, check=check_depths,
+class_balanced_experts = register(Method('class_balanced_experts', 'experts for parts of the classes, jointly calibrated',
+                                         'Sharma et al., GCPR 2020, arXiv 2004.03706', STAGES,
+                                         ExpertSettings, RECIPES, short=dict(expert_epochs=(12, 12, 20)),
+                                         smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2), split=experts_split, check=check_depths,
                                          printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

@@ -42,10 +42,12 @@ def check_logits(
     "Raise `UserError` for a wrong width, NaN or infinite values, and an expert that rejects every image."
     width = n_classes if member is None else len(member) + 1
     if logits.ndim != 2 or logits.shape[1] != width:
-        raise UserError(f'{name} needs logits of shape (n, {width}), {"one a class" if member is None else "one a class and one for reject"}; these are {tuple(logits.shape)}.')
+        raise UserError(f'{name} needs logits of shape (n, {width}), {"one a class" if member is None else "one a class and one for reject"}; '
+                        f'these are {tuple(logits.shape)}.')
     if not logits.isfinite().all(): raise UserError(f'The logits of {name} hold NaN or infinite values: predict them again, or leave {name} out.')
     if rejects and member is not None and len(logits) and (logits.argmax(1) == len(member)).all():
-        raise UserError(f'{name} rejects all of the {len(logits)} images, those of its own classes too: train it longer, or with a larger open ratio (fewer foreign images).')
+        raise UserError(f'{name} rejects all of the {len(logits)} images, those of its own classes too: train it longer, or with a larger open '
+                        f'ratio (fewer foreign images).')
 
 # %% ../../nbs/models/14_fusion.ipynb #c8116e9b
 def reject_shift(

@@ -41,7 +41,8 @@ class Logits:
         if len(self.labels) != len(self.logits): raise UserError(f'{self.name} has {len(self.logits)} rows of logits but {len(self.labels)} labels.')
         if not self.class_mask.any(): raise UserError(f'{self.name} knows no class: its class_mask is false everywhere.')
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.n_classes:
-            raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to {int(self.labels.max())}, but its class_mask is about {self.n_classes} classes.')
+            raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to {int(self.labels.max())}, but its class_mask is '
+                            f'about {self.n_classes} classes.')
         check_logits(self.logits, self.classes, self.n_classes, self.name, rejects=False)
 
     @property
@@ -61,7 +62,8 @@ def write_logits(
     def write(p):
         with h5py.File(p, 'w') as f:
             f.attrs['name'] = member.name
-            f['logits'], f['labels'], f['class_mask'] = member.logits.float().cpu().numpy(), member.labels.cpu().numpy(), np.asarray(member.class_mask, bool)
+            f['logits'], f['labels'] = member.logits.float().cpu().numpy(), member.labels.cpu().numpy()
+            f['class_mask'] = np.asarray(member.class_mask, bool)
     return write_atomic(Path(path), write)
 
 def read_logits(
@@ -76,7 +78,8 @@ def read_logits(
             missing = [k for k in ('logits', 'labels', 'class_mask') if k not in f]
             if missing: raise UserError(f'{path} has no {", ".join(missing)}: a logit file holds logits, labels and class_mask.')
             a = {k: f[k][()] for k in ('logits', 'labels', 'class_mask')}
-            return Logits(name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(), torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool))
+            return Logits(name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(),
+                          torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool))
     except OSError as e: raise UserError(f'{path} is not an HDF5 file or is damaged ({str(e).splitlines()[0][:80]}): write it again.') from None
 
 # %% ../../nbs/runs/68_fusion.ipynb #6395f75a
@@ -92,7 +95,8 @@ def run_members(
     labels, found = a['labels'] if part == 'test' else a.get('generalist/val_labels'), []
     for s in stages:
         key = f'{s}/val_raw' if part == 'val' else f'{s}/raw' if f'{s}/classes' in a else f'{s}/logits'
-        if labels is None or key not in a: raise UserError(f'The run {run.id} has no logits of {s} on the part {part}: see `logits_on` to make them from its weights.')
+        if labels is None or key not in a: raise UserError(f'The run {run.id} has no logits of {s} on the part {part}: see `logits_on` to make '
+                                                           f'them from its weights.')
         own = np.isin(np.arange(len(mask)), a[f'{s}/classes']) if f'{s}/classes' in a else mask
         found.append(Logits(f'{run.recipe.method} {s}', torch.from_numpy(a[key]).float(), torch.from_numpy(labels).long(), own))
     return found
@@ -114,8 +118,10 @@ def check_alike(
     first = members[0]
     for m in members: check_logits(m.logits, m.classes, m.n_classes, m.name)
     for m in members[1:]:
-        if m.n_classes != first.n_classes: raise UserError(f'{m.name} is about {m.n_classes} classes, {first.name} about {first.n_classes}: fuse logits of one data set.')
-        if not torch.equal(m.labels, first.labels): raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same images in the same order.')
+        if m.n_classes != first.n_classes: raise UserError(f'{m.name} is about {m.n_classes} classes, {first.name} about {first.n_classes}: '
+                                                           f'fuse logits of one data set.')
+        if not torch.equal(m.labels, first.labels): raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same '
+                                                                    f'images in the same order.')
 
 @dataclass(frozen=True, eq=False)
 class Fused:
@@ -157,7 +163,8 @@ def unused_images(
     free = np.setdiff1d(np.arange(len(data.train)), tail.indices)
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)
     missing = data.train.n_classes - len(set(data.train.labels[free].tolist()))
-    if missing > data.train.n_classes//2: raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: fuse without validation logits.')
+    if missing > data.train.n_classes//2: raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: fuse '
+                                                          f'without validation logits.')
     return data.train.subset(free)
 
 def logits_on(
@@ -177,7 +184,8 @@ def logits_on(
         for k, v in (load_state(run.path/f'{name}.state.pt') or {}).items(): s.state[k].load_state_dict(v)
         context.logits[name] = stage_logits(context, s) or {}
         if name == stage: break
-    return Logits(f'{run.recipe.method} {stage}', torch.from_numpy(context.logits[stage]['logits']), images.labels.cpu(), np.ones(images.n_classes, bool))
+    return Logits(f'{run.recipe.method} {stage}', torch.from_numpy(context.logits[stage]['logits']), images.labels.cpu(),
+                  np.ones(images.n_classes, bool))
 
 # %% ../../nbs/runs/68_fusion.ipynb #faffa431
 def run_splits(
@@ -202,7 +210,8 @@ def expert_table(
         own = torch.isin(m.labels, torch.as_tensor(m.classes))
         number = torch.full((m.n_classes,), len(m.classes)); number[torch.as_tensor(m.classes)] = torch.arange(len(m.classes))
         right = lambda z: (z.argmax(1) == number[m.labels])
-        rows.append(dict(expert=m.name.split()[-1], classes=len(m.classes), oracle=right(m.logits[:, :-1])[own].double().mean().item(), inside=right(m.logits)[own].double().mean().item(),
+        rows.append(dict(expert=m.name.split()[-1], classes=len(m.classes), oracle=right(m.logits[:, :-1])[own].double().mean().item(),
+                         inside=right(m.logits)[own].double().mean().item(),
                          outside_rejected=right(m.logits)[~own].double().mean().item(), auroc=float(roc_auc_score(own, _acceptance(m)))))
     return pd.DataFrame(rows).set_index('expert')
 
@@ -233,10 +242,12 @@ def share_generalist(
     same = ('dataset', 'imbalance', 'max_steps', *STAGE1_FIELDS)
     own = ('protocol', 'generalist_schedule', 'generalist_patience')
     if start.recipe.method != recipe.method: raise UserError(f'{start.id} has no generalist for {recipe.method}.')
-    other = [k for k in same if getattr(start.recipe, k) != getattr(recipe, k)] + [k for k in own if getattr(start.recipe.settings, k) != getattr(recipe.settings, k)]
+    def differ(a, b, names): return [k for k in names if getattr(a, k) != getattr(b, k)]
+    other = differ(start.recipe, recipe, same) + differ(start.recipe.settings, recipe.settings, own)
     if other: raise UserError(f'The generalist of {start.id} was trained with another {", ".join(other)}: run without sharing.')
     source, folder = start.path/'generalist.safetensors', open_folder(recipe, out)
-    if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: {start.env.get("command")}')
+    if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: '
+                                            f'{start.env.get("command")}')
     write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])
     write_atomic(folder/source.name, lambda p: p.write_bytes(source.read_bytes()))
     return folder

@@ -102,4 +102,4 @@ def test_borders_and_unknown_rules():
     assert [len(v) for v in shot_groups([101, 100, 20, 19], 'oltr').values()] == [2, 1, 1]
     with pytest.raises(UserError): shot_groups([1, 2], 'many')
     with pytest.raises(UserError, match='thirds'): shot_groups(np.ones(37), 'mislas')
-    assert set(SHOT_RULES) == {'100/20', 'oltr', 'mislas', 'thirds'}
+    assert set(SHOT_RULES) == {'100/20', '1000/200', 'oltr', 'mislas', 'thirds'}

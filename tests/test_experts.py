@@ -1,233 +1,225 @@
-"Class-Balanced Experts: parts, splits, fusion, calibration, logit files, and whole runs, against loops and in spite of bad input"
-import dataclasses
-import itertools
-import warnings
+"Experts: rotation, network, losses, pool and runs, against loops, torchvision and finite differences"
+import math
 
-import h5py
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from hypothesis import given, settings, strategies as st
+from torch.autograd import gradcheck
 
-import ltbook.methods.method as method_module
+from ltbook.data.augment import TrainView, rotate
 from ltbook.data.checks import UserError
-from ltbook.data.images import load_images
-from ltbook.data.parts import class_splits, expert_part, expert_positions, held_out_counts, hold_out, open_count, reserve
-from ltbook.data.profile import long_tail, long_tail_counts
-from ltbook.methods.class_balanced_experts import train_only
-from ltbook.models.fusion import JointCalibration, fuse, reject_shift
-from ltbook.models.resnet_cifar import ResNet32
+from ltbook.data.stores import ImageSet
+from ltbook.losses.dirichlet import DirichletPool, component_means, dirmixe_loss, draw_losses, semi_variance
+from ltbook.losses.experts import effective_weights, ldam_margins, reversed_prior, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
+from ltbook.models.expert_resnet import ExpertResNet32
 from ltbook.runs.folder import load_run
-from ltbook.runs.fusion import Logits, export_logits, fuse_logits, read_logits, run_members, write_logits
-from ltbook.runs.recipe import Recipe, recipe
-from ltbook.runs.run import run
+from ltbook.runs.recipe import recipe
+from ltbook.runs.run import make_context, run
 
-WHO = [np.array([0, 3]), np.array([1, 4]), np.array([2])]
-
-
-def slow_fusion(logits, classes, C):
-    "Probabilities, one image and one expert at a time"
-    out = np.zeros((len(logits[0]), C))
-    for i in range(len(out)):
-        for z, ids in zip(logits, classes):
-            e = np.exp(np.asarray(z[i], dtype=np.float64) - max(z[i].tolist()))
-            for j, c in enumerate(ids): out[i, c] = e[j]/e.sum()
-        out[i] /= out[i].sum()
-    return out
+sizes = dict(b=st.integers(1, 5), c=st.integers(2, 8), seed=st.integers(0, 2**16))
 
 
-# parts
-
-@pytest.mark.parametrize('C,imbalance', [(100, 100), (100, 50), (10, 100)])
-def test_parts_are_disjoint_and_of_the_right_size(C, imbalance):
-    y = np.random.default_rng(3).permutation(np.repeat(np.arange(C), 50000//C))
-    usual = long_tail(y, imbalance)
-    kept, held = hold_out(y[usual.indices], held_out_counts(usual.counts), 0)
-    assert sorted([*kept, *held]) == list(range(len(usual)))
-    assert (np.bincount(y[usual.indices][held], minlength=C) == held_out_counts(usual.counts)).all()
-    tail, aside = reserve(y, imbalance)
-    assert not set(tail.indices) & set(aside) and set(tail.indices) <= set(usual.indices) and np.bincount(y[aside]).tolist() == [20]*C
-    if (C, imbalance) == (100, 100): assert (len(kept), len(held), len(tail), len(aside)) == (10022, 825, 10827, 2000)
+def experts(b, c, seed):
+    g = np.random.default_rng(seed)
+    return torch.tensor(g.normal(size=(b, 3, c))*3), torch.tensor(g.integers(0, c, b)), g.integers(1, 500, c), g
 
 
-def test_splits_against_a_loop():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        n = rng.choice([5, 19, 20, 21, 50, 99, 100, 101, 300], 30)
-        for inclusive in (True, False):
-            want = {'many': [], 'medium': [], 'few': []}
-            for c, k in enumerate(n): want['many' if k > 100 or (inclusive and k == 100) else 'few' if k < 20 else 'medium'].append(c)
-            if all(want.values()): assert {k: v.tolist() for k, v in class_splits(n, many_inclusive=inclusive).items()} == want
-        parts = list(class_splits(n, 'quantile', n_experts=4).values())
-        assert [len(p) for p in parts] == [8, 8, 7, 7] and sorted(np.concatenate(parts)) == list(range(30))
-        assert all(n[a].min() >= n[b].max() for a, b in itertools.pairwise(parts))
+def ce(z, y):
+    "Cross-entropy of one row by plain floats"
+    top = max(z)
+    return top + math.log(sum(math.exp(v - top) for v in z)) - z[y]
 
 
-def test_open_images_follow_the_pool():
-    "Uniform over images, not over classes; never the expert's own; the last label"
-    y = np.repeat(np.arange(4), [600, 300, 60, 40])
-    drawn = np.zeros(4)
-    for seed in range(200): drawn += np.bincount(y[expert_positions(y, np.array([2]), 2, seed)[1]], minlength=4)
-    assert drawn[2] == 0 and np.allclose(drawn/drawn.sum(), np.array([600, 300, 0, 40])/940, atol=.02)
-    digits = load_images('digits').train
-    part = expert_part(digits, np.array([3, 8]), 4)
-    assert part.counts[:2].tolist() == digits.counts[[3, 8]].tolist() and part.counts[2] == digits.counts[[3, 8]].sum()//4
-    threes = part.images[part.labels == 0]
-    assert torch.equal(threes, digits.images[digits.labels == 3])
+@pytest.mark.parametrize('side,channels', [(8, 1), (32, 3), (7, 3)])
+def test_rotation_as_torchvision_image_by_image(side, channels):
+    "Torchvision's nearest neighbour goes through a grid in [-1, 1]; only pixels on a tie may differ"
+    r = np.random.default_rng(side)
+    x = torch.from_numpy(r.integers(1, 256, (200, side, side, channels), dtype=np.uint8)).permute(0, 3, 1, 2)
+    degrees = torch.from_numpy(r.uniform(-15, 15, 200)).float()
+    want = torch.stack([TF.rotate(i, d, TF.InterpolationMode.NEAREST, fill=[0.]*channels) for i, d in zip(x, degrees.tolist())])
+    got = rotate(x, degrees)
+    assert got.dtype == torch.uint8 and (got != want).float().mean() < 2e-4
 
 
-def test_pool_smaller_than_wanted_warns():
-    with pytest.warns(UserWarning, match='all of them'): assert open_count(100, 7, 1, 4) == 7
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert open_count(100, 100, 1, 4) == 100
+@given(seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=20)
+def test_rotation_pixel_by_pixel(seed):
+    r = np.random.default_rng(seed)
+    x, d = torch.from_numpy(r.integers(1, 256, (1, 2, 9, 9))), float(r.uniform(-180, 180))
+    got, cos, sin = rotate(x, torch.tensor([d])), math.cos(math.radians(d)), math.sin(math.radians(d))
+    for i in range(9):
+        for j in range(9):
+            u, v = j - 4, i - 4
+            col, row = u*cos - v*sin + 4, u*sin + v*cos + 4
+            if min(abs(col % 1 - .5), abs(row % 1 - .5)) < 1e-4: continue
+            col, row = round(col), round(row)
+            want = x[0, :, row, col] if 0 <= row < 9 and 0 <= col < 9 else torch.zeros(2, dtype=x.dtype)
+            assert torch.equal(got[0, :, i, j], want)
 
 
-# fusion
+def test_view_with_rotation_is_its_plan():
+    data = ImageSet(torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 16, 16), dtype=np.uint8)), torch.arange(9) % 3, tuple('abc'))
+    view, plain = (TrainView(data, (0.,)*3, (1.,)*3, 2, True, rotation=r) for r in (15., 0.))
+    index = np.arange(2000) % 9
+    plan, _ = view.plan(index, np.random.default_rng(1))
+    old, _ = plain.plan(index, np.random.default_rng(1))
+    assert plan.shape[0] == 8 and torch.equal(plan[:7], old) and plan[7].abs().max() <= 15_000 and abs(plan[7].double().mean()) < 5*8660/math.sqrt(2000)
+    x, still = (255*v(index[:20], np.random.default_rng(1))['x'] for v in (view, plain))
+    assert torch.allclose(x, rotate(still, view.plan(index[:20], np.random.default_rng(1))[0][7]/1000), atol=1e-3) and not torch.allclose(x, still, atol=1)
+    with pytest.raises(UserError, match='rotation'): TrainView(data, (0.,)*3, (1.,)*3, 2, True, rotation=200.)
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_fusion_against_a_loop(dtype):
+
+@pytest.mark.parametrize('classes,reduced,total', [(10, True, 770_896), (100, True, 783_856), (100, False, 1_362_064)])
+def test_network_sizes(classes, reduced, total):
+    net = ExpertResNet32(classes, reduced=reduced)
+    assert sum(p.numel() for p in net.parameters()) == total
+    out = net(torch.randn(2, 3, 32, 32))
+    assert out['experts'].shape == (2, 3, classes) and torch.equal(out['logits'], out['experts'].mean(1)) and out['experts'].abs().max() <= 30 + 1e-4
+    assert net.features(torch.randn(2, 3, 32, 32)).shape == (2, 3, 48 if reduced else 64)
+
+
+@given(**sizes)
+@settings(deadline=None, max_examples=40)
+def test_sade_by_floats(b, c, seed):
+    f, y, n, g = experts(b, c, seed)
+    pi = [k/n.sum() for k in n]
+    order = sorted(range(c), key=lambda k: -pi[k])
+    rev = [0.]*c
+    for j, k in enumerate(order): rev[k] = pi[order[c - 1 - j]]
+    add = [[0.]*c, [math.log(p + 1e-9) for p in pi], [math.log(p + 1e-9) - 1.5*math.log(r + 1e-9) for p, r in zip(pi, rev)]]
+    want = sum(ce([f[i, k, j].item() + add[k][j] for j in range(c)], y[i].item()) for i in range(b) for k in range(3))/b
+    assert skill_diverse_loss(f, y, sade_adjustment(torch.tensor(n), 1.5)).item() == pytest.approx(want, abs=1e-9)
+
+
+@given(**sizes)
+@settings(deadline=None, max_examples=30)
+def test_permuted_classes_and_reversed_priors(b, c, seed):
+    f, y, n, g = experts(b, c, seed)
+    n = np.arange(1, c + 1)*7 + g.permutation(c)*0          # no ties
+    p = torch.tensor(g.permutation(c))
+    back = torch.empty_like(p); back[p] = torch.arange(c)
+    losses = [skill_diverse_loss(a, t, sade_adjustment(torch.tensor(m))) for a, t, m in ((f, y, n), (f[:, :, p], back[y], n[p.numpy()]))]
+    assert torch.allclose(*losses)
+    w, v = component_means(n), component_means(n[p.numpy()])
+    assert np.allclose(w[:, p.numpy()], v)
+    q = torch.tensor(n/n.sum())
+    assert torch.equal(reversed_prior(reversed_prior(q)), q)
+
+
+@given(**sizes, power=st.sampled_from([1., 1.3, 1.6]), m=st.integers(1, 7))
+@settings(deadline=None, max_examples=40)
+def test_dirmixe_by_floats(b, c, seed, power, m):
+    f, y, n, g = experts(b, c, seed)
+    pi, k, q = torch.tensor(n/n.sum()), g.integers(0, 3, m), g.dirichlet(np.ones(c), m)
+    want = [sum(ce([f[i, k[j], a].item() - math.log((q[j, a]/pi[a].item())**power + 1e-9) for a in range(c)], y[i].item()) for i in range(b))/b for j in range(m)]
+    got = draw_losses(f, y, torch.tensor(k), torch.tensor(q), pi, power)
+    assert np.allclose(got, want, atol=1e-7)
+    mean = sum(want)/m
+    above = [v for v in want if v > mean]
+    penalty = sum((v - mean)**2 for v in above)/max(len(above) - 1, 1)
+    assert dirmixe_loss(f, y, torch.tensor(k), torch.tensor(q), pi, power, 5.).item() == pytest.approx(mean + 5*penalty, abs=1e-6)
+
+
+def test_losses_differentiate_as_they_should():
+    f, y, n, g = experts(3, 4, 0)
+    f, pi = f.requires_grad_(), torch.tensor(n/n.sum())
+    k, q = torch.tensor([0, 1, 2, 2, 1]), torch.tensor(g.dirichlet(np.ones(4), 5))
+    assert gradcheck(lambda z: skill_diverse_loss(z, y, sade_adjustment(torch.tensor(n))), f)
+    assert gradcheck(lambda z: dirmixe_loss(z, y, k, q, pi, 1.3, 5.), f)
+    margins = 30*ldam_margins(torch.tensor(n))
+    assert gradcheck(lambda z: ride_loss(z, y, margins, 0., effective_weights(torch.tensor(n))), f)
+
+
+def test_large_logits_in_single_precision():
+    "B = 128, C = 100, M = 60, logits in +-30: loop and matrix form agree, in value and gradient"
     g = torch.Generator().manual_seed(1)
-    z = [4*torch.randn(40, len(c) + 1, generator=g, dtype=dtype) for c in WHO]
-    assert np.allclose(fuse(z, WHO).exp(), slow_fusion(z, WHO, 5), atol=1e-6)
-    net = JointCalibration(WHO, 5, (16, 8, 8)).to(dtype)
-    with torch.no_grad(): net.scale.uniform_(.5, 2, generator=g); net.bias.normal_(generator=g)
-    shift, t, b = [torch.split(v.detach(), net.widths) for v in (net.shift, net.scale, net.bias)]
-    by_hand = [ti*(zi + si) + bi for ti, zi, si, bi in zip(t, z, shift, b)]
-    assert np.allclose(net(torch.cat(z, 1)).detach().exp(), slow_fusion(by_hand, WHO, 5), atol=1e-6)
-    assert [round(s[-1].item(), 5) for s in shift] == [round(reject_shift(r), 5) for r in (16, 8, 8)]
+    f, y, n = torch.rand(128, 3, 100, generator=g)*60 - 30, torch.randint(100, (128,), generator=g), np.array([int(500*.01**(c/99)) for c in range(100)])
+    k, q = (torch.as_tensor(v) for v in DirichletPool(component_means(n), 10_000, 60, 60).take())
+    pi = torch.tensor(n/n.sum(), dtype=torch.float32)
+    a, b = f.clone().requires_grad_(), f.double().clone().requires_grad_()
+    fast = draw_losses(a, y, k, q, pi).mean()
+    slow = torch.stack([torch.nn.functional.cross_entropy(b[:, i] - ((r.double()/pi.double())**1.3 + 1e-9).log(), y) for i, r in zip(k.tolist(), q)]).mean()
+    fast.backward(); slow.backward()
+    assert abs(fast.item() - slow.item()) < 1e-5 and (a.grad - b.grad).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_gradients(tied):
-    g = torch.Generator().manual_seed(0)
-    net = JointCalibration([*WHO, None], 5, (16, 8, 8, 1), tied).double()
-    z = torch.randn(3, 13, generator=g, dtype=torch.float64, requires_grad=True)
-    names, start = zip(*net.named_parameters())
-    def f(z, *p): return torch.func.functional_call(net, dict(zip(names, p)), (z,))
-    assert torch.autograd.gradcheck(f, (z, *start))
+def test_ride_by_floats():
+    f, y, n, g = experts(4, 3, 5)
+    margins, t = 30*ldam_margins(torch.tensor(n)), ride_temperature(torch.tensor(n), .1)
+    want = 0.
+    for k in range(3):
+        for i in range(4):
+            z = [f[i, k, j].item() - (margins[j].item() if j == y[i] else 0.) for j in range(3)]
+            want += ce(z, y[i].item())/4
+            mean = [f[i, :, j].mean().item()/t[j].item() for j in range(3)]
+            own = [f[i, k, j].item()/t[j].item() for j in range(3)]
+            want += -.45*t.mean().item()**2*sum(math.exp(-ce(mean, j))*(ce(own, j) - ce(mean, j)) for j in range(3))/4
+    assert ride_loss(f, y, margins, -.45, None, t).item() == pytest.approx(want, abs=1e-9)
 
 
-def test_permuting_classes_permutes_the_posterior():
-    g = torch.Generator().manual_seed(2)
-    z, perm = [torch.randn(9, len(c) + 1, generator=g) for c in WHO], np.array([3, 0, 4, 1, 2])
-    assert torch.allclose(fuse(z, [perm[c] for c in WHO])[:, perm], fuse(z, WHO), atol=1e-6)
+@given(draws=st.integers(1, 6), passes=st.integers(1, 5), extra=st.integers(0, 5), stop=st.integers(0, 30), fresh=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_a_pool_goes_on_exactly(draws, passes, extra, stop, fresh):
+    make = lambda: DirichletPool(component_means([5, 3, 2]), 50., draws, draws*passes + min(extra, draws - 1), seed=7, fresh=fresh)
+    whole, first, second = make(), make(), make()
+    for _ in range(stop): whole.take(), first.take()
+    second.load_state_dict(first.state_dict())
+    for _ in range(4):
+        for a, b in zip(whole.take(), second.take()): assert np.array_equal(a, b)
+    if not fresh:
+        again = make()
+        seen = np.concatenate([again.take()[1][:, 0] for _ in range(passes)])
+        assert len(np.unique(seen)) == draws*passes                       # nothing twice before all were used
 
 
-def test_an_expert_that_rejects_contributes_nothing():
-    z = [torch.tensor([[1., 2, 0]]), torch.tensor([[5., 5, 60]]), torch.tensor([[0., 60]])]
-    assert torch.allclose(fuse(z, WHO)[0, [0, 3]].exp(), torch.tensor([1., 2]).softmax(0), atol=1e-6)
+@given(l=st.lists(st.floats(0, 50), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=60)
+def test_semi_variance_properties(l):
+    t = torch.tensor(l, dtype=torch.float64)
+    v = {d: semi_variance(t, d).item() for d in ('above-1', 'above', 'all')}
+    assert v['all'] <= v['above'] + 1e-12 and v['above'] <= v['above-1'] + 1e-12 and v['all'] <= t.var(correction=0).item() + 1e-9
+    assert semi_variance(t + 3, 'all').item() == pytest.approx(v['all'], abs=1e-9)
 
 
-# files
-
-@pytest.fixture
-def three():
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(30) % 5
-    return [Logits(f'e{i}', torch.randn(30, len(c) + 1, generator=g), y, np.isin(np.arange(5), c)) for i, c in enumerate(WHO)]
+class Stop(Exception): pass
 
 
-def test_files_round_trip_and_a_member_from_elsewhere(three, tmp_path):
-    files = [write_logits(tmp_path/f'{m.name}.h5', m) for m in three]
-    with h5py.File(tmp_path/'theirs.h5', 'w') as f:          # float64, 0/1 mask, int32 labels, no name
-        f['logits'], f['labels'], f['class_mask'] = np.random.default_rng(0).normal(size=(30, 5)), (np.arange(30) % 5).astype('i4'), np.ones(5, 'u1')
-    members = [*map(read_logits, files), read_logits(tmp_path/'theirs.h5')]
-    fused = fuse_logits(members, members, epochs=3)
-    assert fused.log_p.shape == (30, 5) and torch.allclose(fused.log_p.exp().sum(1), torch.ones(30)) and members[-1].name == 'theirs'
-    assert torch.allclose(fuse_logits(three).log_p, fuse([m.logits for m in three], WHO))
+@pytest.mark.parametrize('method', ['sade', 'dirmixe', 'ride'])
+def test_a_stopped_run_goes_on_exactly(method, tmp_path):
+    "Late losses are on in the last epochs, and the count of steps or draws survives the stop"
+    late = dict(sade={}, dirmixe=dict(penalty_start=.4), ride=dict(late=.5))[method]
+    r = recipe(method, profile='smoke', epochs=4, **late)
+    def stop(row):
+        if row['epoch'] == 1: raise Stop
+    with pytest.raises(Stop): run(r, tmp_path/'a', report=stop, device='cpu')
+    a, b = (load_run(run(r, tmp_path/x, device='cpu')) for x in 'ab')
+    assert np.array_equal(a.predictions['stage1/experts'], b.predictions['stage1/experts']) and a.history.loss.tolist() == b.history.loss.tolist()
+    assert np.allclose(a.predictions['logits'], a.predictions['stage1/experts'].mean(1), atol=1e-5)
 
 
-def damage(path, **arrays):
-    with h5py.File(path, 'a') as f:
-        for k, v in arrays.items():
-            del f[k]
-            if v is not None: f[k] = v
+@pytest.mark.parametrize('method', ['sade', 'dirmixe'])
+def test_wrong_numbers_of_experts_and_draws(method):
+    with pytest.raises(UserError, match='n_experts=3'): make_context(recipe(method, profile='smoke', n_experts=2), device='cpu')
+    with pytest.raises(UserError, match='pool_size'): make_context(recipe('dirmixe', profile='smoke', pool_size=10), device='cpu')
+    with pytest.raises(UserError, match='one draw'): make_context(recipe('dirmixe', profile='smoke', draws=0), device='cpu')
+    with pytest.raises(UserError, match='n_experts'): recipe(method, n_expert=3)
 
 
-@pytest.mark.parametrize('arrays,word', [
-    (dict(logits=np.full((30, 3), np.nan)), 'NaN'), (dict(logits=np.zeros((30, 4))), 'shape'), (dict(logits=np.zeros((29, 3))), '29 rows'), (dict(labels=None), 'has no labels'),
-    (dict(labels=np.full(30, 7)), 'reach'), (dict(class_mask=np.zeros(5, bool)), 'no class'),
-    (dict(class_mask=np.array([1, 1, 1, 0, 0], bool)), 'shape')])
-def test_damaged_files_say_what_is_wrong(three, tmp_path, arrays, word):
-    path = write_logits(tmp_path/'e.h5', three[0])
-    damage(path, **arrays)
-    with pytest.raises(UserError, match=word): read_logits(path)
+@pytest.mark.parametrize('method', ['sade', 'dirmixe', 'ride'])
+def test_large_recipes_are_declared(method):
+    for dataset in ('imagenet_lt', 'inaturalist2018'):
+        r = recipe(method, dataset, profile='paper')
+        assert r.backbone in ('resnext50', 'resnet50') and r.nesterov and r.head == 'cosine'
+        with pytest.raises(UserError, match='declared'): make_context(r)
+    assert recipe('dirmixe', 'imagenet_lt', profile='paper').settings.power == 1.6 and recipe('dirmixe', 'inaturalist2018').settings.concentration == 1e5
 
 
-def test_members_that_do_not_belong_together(three):
-    other = dataclasses.replace(three[2], labels=three[2].labels.roll(1))
-    wide = Logits('wide', torch.randn(30, 6), three[0].labels, np.ones(6, bool))
-    mute = dataclasses.replace(three[0], logits=three[0].logits + torch.tensor([0., 0, 99]))
-    for members, word in (([mute, *three[1:]], 'rejects all'), (three[:2], 'expert is missing'), ([*three, three[1]], 'More than one'), ([*three[:2], other], 'other labels'), ([*three, wide], '6 classes'), ([], 'nothing')):
-        with pytest.raises(UserError, match=word): fuse_logits(members)
-    with pytest.raises(UserError, match='other members'): fuse_logits(three, three[:2])
-
-
-# whole runs
-
-TINY = dict(profile='smoke', max_steps=2, expert_epochs=(2, 2, 2), calibration_epochs=3)
-
-
-class Killed(Exception): pass
-
-
-def killer(stage, epoch):
-    def report(row):
-        if (row['stage'], row['epoch']) == (stage, epoch): raise Killed
-    return report
-
-
-def same(a, b):
-    pa, pb = load_run(a).predictions, load_run(b).predictions
-    return pa.keys() == pb.keys() and all(np.array_equal(pa[k], pb[k]) for k in pa)
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory): return {p: run(recipe('class_balanced_experts', protocol=p, **TINY), tmp_path_factory.mktemp(p)) for p in 'HV'}
-
-
-@pytest.mark.parametrize('protocol,stage,epoch', [('H', 'expert2', 0), ('H', 'calibrated', 1), ('V', 'expert1', 0), ('V', 'expert3', 1)])
-def test_killed_and_resumed_is_the_same(whole, tmp_path, protocol, stage, epoch):
-    r = recipe('class_balanced_experts', protocol=protocol, **TINY)
-    with pytest.raises(Killed): run(r, tmp_path, report=killer(stage, epoch))
-    assert same(run(r, tmp_path), whole[protocol])
-
-
-def test_run_says_its_protocol(whole):
-    h, v = (load_run(whole[p]) for p in 'HV')
-    assert [(r.metrics['protocol']['validation'], r.metrics['protocol']['selection']) for r in (h, v)] == [('H', 'last'), ('V', 'best_on_val')]
-    assert h.stages == ['generalist', 'fused_raw', 'fused', 'calibrated'] and h.metrics['final']['stage'] == 'calibrated'
-    assert h.predictions['train_counts'].tolist() == long_tail(load_images('digits').train.labels, 20).counts.tolist()       # of the long tail before images were held out
-    assert Recipe(**h.recipe.model_dump()) == h.recipe
-    assert 'val_score' in v.history and 'val_score' not in h.history
-
-
-def test_test_labels_choose_nothing(whole, tmp_path, monkeypatch):
-    "With other test labels, every stored logit is the same"
-    data = load_images('digits')
-    other = dataclasses.replace(data, test=dataclasses.replace(data.test, labels=data.test.labels.roll(7)))
-    monkeypatch.setattr(method_module, 'load_images', lambda *a: other)
-    a, b = (load_run(p).predictions for p in (run(recipe('class_balanced_experts', protocol='V', **TINY), tmp_path), whole['V']))
-    assert not np.array_equal(a['labels'], b['labels']) and all(np.array_equal(a[k], b[k]) for k in a if k != 'labels')
-
-
-def test_two_experts_and_the_generalist(tmp_path):
-    r = load_run(run(recipe('class_balanced_experts', splits=[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]], extended=True, **TINY), tmp_path))
-    assert r.metrics['final']['stage'] == 'extended' and not (r.path/'expert3.safetensors').exists() and len(run_members(r)) == 2
-    files = export_logits(r, tmp_path/'logits')
-    assert sorted(p.name for p in files) == [f'{p}-{n}.h5' for p in ('test', 'val') for n in ('expert1', 'expert2', 'generalist')]
-
-
-@pytest.mark.parametrize('changes,word', [
-    (dict(splits='thresholds', low=1), 'quantile'), (dict(ratios=(4, 2, 500)), 'at most'), (dict(learnable=(-1, 6, 1)), 'learnable'), (dict(splits=[[0, 1], [2]]), 'exactly once'),
-    (dict(imbalance=120.), 'hold one out'), (dict(protocol='X'), 'protocol')])
-def test_mistakes_show_before_training(tmp_path, changes, word):
-    with pytest.raises(UserError, match=word): run(recipe('class_balanced_experts', **TINY | changes), tmp_path, report=lambda row: pytest.fail('trained'))
-
-
-def test_depths_freeze_what_they_say():
-    for n, first in ((1, 'head'), (3, 'groups.2'), (4, 'groups.1'), (5, 'groups.0'), (-1, 'stem')):
-        names = [k for k, p in train_only(ResNet32(4), n).named_parameters() if p.requires_grad]
-        assert names[0].startswith(first) and names[-1].startswith('head')
-    with pytest.warns(UserWarning): train_only(ResNet32(4), 2)
+def test_recipes_of_the_papers():
+    d10, d100, s10, s100 = (recipe(m, d, 100, 'paper') for m in ('dirmixe', 'sade') for d in ('cifar10', 'cifar100'))
+    for r in (d10, d100, s10, s100): assert (r.epochs, r.batch_size, r.momentum, r.nesterov, r.schedule, r.settings.rotation) == (200, 128, .9, True, 'step', 15)
+    assert (d10.weight_decay, d100.weight_decay, s10.weight_decay, s100.weight_decay) == (5e-4, 1e-3, 5e-4, 5e-4)
+    assert (d10.settings.penalty, d100.settings.penalty, d100.settings.draws, d100.settings.power, d100.settings.concentration) == (15, 5, 60, 1.3, 1e4)
+    assert (s10.lr, s10.settings.reduced, s100.lr, s100.settings.tau) == (.05, False, .1, 2)
+    assert recipe('ride', 'cifar100', 100).settings.diversity == -.45

@@ -70,9 +70,10 @@ def long_tail(
         keep.append(where[:n])
     return LongTail(np.concatenate(keep), counts, float(imbalance), kind, data_seed)
 
-# %% ../../nbs/data/01_profile.ipynb #48ca142b
+# %% ../../nbs/data/01_profile.ipynb #1bf57cc6
 SHOT_RULES = {
     '100/20': 'many > 100, medium 20 to 100, few < 20 training images',
+    '1000/200': 'many > 1000, medium 200 to 1000, few < 200 training images (DirMixE on CIFAR-10, ICML 2024)',
     'oltr': 'many >= 100, medium 20 to 99, few < 20 training images (Liu et al., CVPR 2019)',
     'mislas': 'fixed cuts over the classes by rank, as in the released code of Zhong et al., CVPR 2021',
     'thirds': 'three equal parts by rank, the larger parts first'}
@@ -86,8 +87,9 @@ def shot_groups(
     "Divide the classes by their training counts; `UserError` for an unknown rule or a class number it has no cuts for."
     one_of(rule, SHOT_RULES, 'shot rule')
     counts = np.asarray(counts)
-    if rule in ('100/20', 'oltr'):
-        many, few = counts > 100 if rule == '100/20' else counts >= 100, counts < 20
+    if rule in ('100/20', '1000/200', 'oltr'):
+        high, low = (1000, 200) if rule == '1000/200' else (100, 20)
+        many, few = counts >= high if rule == 'oltr' else counts > high, counts < low
         parts = [np.flatnonzero(m) for m in (many, ~many & ~few, few)]
     else:
         order = np.argsort(-counts, kind='stable')

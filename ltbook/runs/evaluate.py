@@ -23,7 +23,7 @@ def logits_from_weights(
 ) -> dict[str, np.ndarray]:  # 'stage1/logits', ..., 'labels', 'train_counts'
     "Build the network stage by stage, fill in the stored weights, and predict the test part again. Raises `UserError` without weights."
     context = make_context(run.recipe, root, device)
-    out = dict(labels=context.parts['test'].labels.cpu().numpy(), train_counts=context.counts)
+    out = dict(labels=context.parts['test'].labels.cpu().numpy(), train_counts=context.tail.counts)
     for name, build in get_method(run.recipe.method).stages.items():
         stage = build(context)
         if stage is None: continue

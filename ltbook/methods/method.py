@@ -23,10 +23,10 @@ from ..models.resnet_cifar import ResNet32
 from ..train.compute import Compute
 from ..train.stage import Stage
 
-# %% ../../nbs/methods/50_method.ipynb #28dbfb2c
+# %% ../../nbs/methods/50_method.ipynb #27f480bd
 class Settings(BaseModel):
     "Base of the settings of one method. Fields are typed and have defaults; unknown names are refused."
-    model_config = ConfigDict(frozen=True, extra='forbid')
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)      # so that defaults and values read back are the same
 
 # %% ../../nbs/methods/50_method.ipynb #d654e666
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -90,10 +90,10 @@ def _print(title: str, head: tuple, rows: list) -> None:
 @app.command('run')
 def run_(
     method: Annotated[str, typer.Argument(help='A name from `ltbook list methods`.')],
-    dataset: Annotated[str, typer.Argument(help='digits, cifar10, cifar100, or the name of an own .h5 file.')] = 'digits',
+    dataset: Annotated[Optional[str], typer.Argument(help='digits (the default), cifar10, cifar100, or the name of an own .h5 file.')] = None,
     imbalance: Annotated[Optional[float], typer.Option(help='Largest over smallest class; default: the usual one of the data set.')] = None,
-    profile: Annotated[str, typer.Option(help='paper, short (40 epochs) or smoke (a few steps).')] = 'short',
-    seed: Annotated[int, typer.Option(help='Of initial weights, order and augmentation.')] = 0,
+    profile: Annotated[Optional[str], typer.Option(help='paper, short (40 epochs, the default) or smoke (a few steps).')] = None,
+    seed: Annotated[Optional[int], typer.Option(help='Of initial weights, order and augmentation; default 0.')] = None,
     epochs: Annotated[Optional[int], typer.Option(help='Of the first stage; warm-up and drops keep their fractions.')] = None,
     precision: Annotated[Optional[str], typer.Option(help='fp32 or bf16; evaluation is always fp32.')] = None,
     changes: Annotated[Optional[list[str]], typer.Option('--set', help='key=value, any field or setting; may be repeated.')] = None,
@@ -107,7 +107,7 @@ def run_(
     from ltbook.runs.progress import Reporter
     from ltbook.runs.run import make_context, run
     first = resolve_run(start, out) if start else None
-    words = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, seed=None if first else seed, epochs=epochs, precision=precision,
+    words = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, seed=seed, epochs=epochs, precision=precision,
                  data_root=str(data_root) if data_root else None, out=str(out), device=device, start=str(first.path) if first else None)
     extra = parse_changes(changes or [])
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
@@ -212,12 +212,13 @@ def import_(
     name: Annotated[str, typer.Argument(help='Name of the data set.')],
     size: Annotated[int, typer.Option(help='Side of the square images.')] = 32,
     test_fraction: Annotated[float, typer.Option(help='Of every class, where there is no test/ folder.')] = 0.2,
+    force: Annotated[bool, typer.Option('--force', help='Replace a data set of that name.')] = False,
     data_root: Root = None,
 ):
     "Turn a folder of pictures into a data set, once."
     from ltbook.data.images import data_root as find_root
     from ltbook.data.stores import import_folder
-    console.print(f'wrote {import_folder(folder, name, find_root(data_root), size, test_fraction)}; use it with: ltbook run mislas {name}', soft_wrap=True)
+    console.print(f'wrote {import_folder(folder, name, find_root(data_root), size, test_fraction, force=force)}; use it with: ltbook run mislas {name}', soft_wrap=True)
 
 @app.command('bench')
 def bench_(

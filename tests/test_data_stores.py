@@ -124,7 +124,8 @@ def test_folder_with_train_and_test(tmp_path):
     train, test, _ = read_h5(import_folder(tmp_path/'src', 'own', tmp_path))
     assert train.counts.tolist() == [3, 3] and test.counts.tolist() == [2, 2]
     picture(tmp_path/'src'/'test'/'c'/'0.png', 1)
-    with pytest.raises(UserError, match='look at c'): import_folder(tmp_path/'src', 'own', tmp_path)
+    with pytest.raises(UserError, match='look at c'): import_folder(tmp_path/'src', 'other', tmp_path)
+    with pytest.raises(UserError, match='--force'): import_folder(tmp_path/'src', 'own', tmp_path)
 
 def test_folders_that_cannot_serve(tmp_path):
     src = tmp_path/'src'

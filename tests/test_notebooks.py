@@ -62,6 +62,10 @@ def test_page(path):
     assert not found, f'paths of a machine: {found}'
 
 
+def test_readme_is_filled_in():
+    assert '@@' not in (ROOT/'README.md').read_text()
+
+
 def test_numbers_are_unique():
     numbers = [p.name[:2] for p in NBS]
     assert len(numbers) == len(set(numbers)) and all(n.isdigit() for n in numbers)

@@ -59,10 +59,11 @@ def test_empty_group_is_null(tmp_path):
 
 def test_killed_run_goes_on(tmp_path):
     "SIGKILL in the middle, then the same command: same logits as an undisturbed run"
-    words = ('run', 'mislas', 'digits', '--profile', 'smoke', '--set', 'epochs=30', '--bare', '--out', tmp_path/'a')
+    words = ('run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '30', '--bare', '--out', tmp_path/'a')
     folder = tmp_path/'a'/run_id(recipe('mislas', profile='smoke', epochs=30))
     p = subprocess.Popen([*CLI, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL)
     for _ in range(3600):          # a busy machine may take long to start
+        assert p.poll() is None, 'it ended before it could be killed'
         if (folder/'history.csv').exists() and len((folder/'history.csv').read_text().splitlines()) > 3: break
         time.sleep(.05)
     p.send_signal(signal.SIGKILL); p.wait()
@@ -113,7 +114,7 @@ def test_truncated_training_state_is_told(tmp_path):
     (('mislsa',), 'mislas'), (('mislas', 'cifra100'), 'cifar100'), (('mislas', '--set', 'weight_deca=1'), 'weight_decay'), (('mislas', '--set', 'lr=fast'), 'lr'),
     (('mislas', '--set', 'lr'), 'key=value'), (('mislas', '--imbalance', '0.5'), 'imbalance'), (('mislas', '--imbalance', '500'), 'without images'), (('mislas', '--device', 'gpu'), 'device'),
     (('mislas', '--imbalance', '1'), 'equal'), (('mislas', '--set', 'batch_size=9999'), 'batch_size'), (('mislas', 'places_lt'), 'large-scale'), (('mislas', '--from', 'nothing'), 'no run'),
-    (('mislas', 'cifar100', '--imbalance', '-1'), 'imbalance'), (('mislas', '--set', 'seed=3'), '--seed'), (('mislas', '--set', 'stage2_epochs=-1'), 'stage2_epochs'),
+    (('mislas', 'cifar100', '--imbalance', '-1'), 'imbalance'), (('mislas', '--set', 'imbalance=50'), '--imbalance'), (('mislas', '--seed', '2', '--set', 'seed=3'), 'twice'), (('mislas', '--set', 'stage2_epochs=-1'), 'stage2_epochs'),
     (('mislas', '--set', 'lr=Infinity'), 'lr'), (('mislas', '--set', 'epochs=true'), 'epochs')])
 def test_mistakes_exit_2_with_one_sentence(tmp_path, words, says):
     p = CliRunner().invoke(app, ['run', *words, '--out', str(tmp_path/'out')], env=dict(COLUMNS='160'))

@@ -42,8 +42,10 @@ def recipe_of(
 ) -> Recipe:  # validated; Raises `UserError` for unknown or mistyped parameters
     "The recipe that a notebook's parameters ask for."
     given = {k: words[k] for k in WORDS[1:7] if words.get(k) not in (None, '')}
-    twice = sorted(set(extra) & {*WORDS, 'source'})
-    if twice: raise UserError(f'{", ".join(twice)}: give this as a word of its own (--{twice[0].replace("_", "-")}), not with --set.')
+    words_only = sorted(set(extra) & {*WORDS, 'source'} - {'seed', 'epochs', 'precision'})
+    if words_only: raise UserError(f'{", ".join(words_only)}: give this as a word of its own (--{words_only[0].replace("_", "-")}), not with --set.')
+    twice = [k for k in extra if k in given and given[k] not in (extra[k], DEFAULTS.get(k))]
+    if twice: raise UserError(f'{", ".join(twice)} was given twice, with different values.')
     if words.get('start'):
         first = load_run(words['start'])
         other = [k for k, v in given.items() if v not in (getattr(first.recipe, k), DEFAULTS.get(k))]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import h5py, numpy as np, pandas as pd, torch
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.images import load_images
@@ -198,6 +197,8 @@ def run_splits(
 # %% ../../nbs/runs/68_fusion.ipynb #14033086
 def _acceptance(m: Logits) -> Tensor:
     "Log odds of not rejecting, in float64: probabilities near one would be ties"
+    from sklearn.metrics import roc_curve
+    from sklearn.metrics import roc_auc_score
     z = m.logits.double()
     return z[:, :-1].logsumexp(1) - z[:, -1]
 

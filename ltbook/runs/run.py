@@ -235,6 +235,7 @@ def run(
     if (folder/'done.json').exists(): return folder
     context = make_context(recipe, root, device)
     folder = open_folder(recipe, out)
+    for left in folder.glob('.*.part'): left.unlink()      # half-written files of a run that was killed
     sessions = open_session(folder)
     write_json(folder/'manifest.json', context.tail.to_dict())
     if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)

@@ -197,8 +197,6 @@ def run_splits(
 # %% ../../nbs/runs/68_fusion.ipynb #14033086
 def _acceptance(m: Logits) -> Tensor:
     "Log odds of not rejecting, in float64: probabilities near one would be ties"
-    from sklearn.metrics import roc_curve
-    from sklearn.metrics import roc_auc_score
     z = m.logits.double()
     return z[:, :-1].logsumexp(1) - z[:, -1]
 
@@ -206,6 +204,7 @@ def expert_table(
     experts: Sequence[Logits],  # on one part
 ) -> pd.DataFrame:  # a row an expert; fractions
     "Accuracy inside and rejection outside of each expert's classes."
+    from sklearn.metrics import roc_auc_score
     rows = []
     for m in experts:
         own = torch.isin(m.labels, torch.as_tensor(m.classes))
@@ -230,6 +229,7 @@ def reject_curve(
     expert: Logits,  # on one part
 ) -> pd.DataFrame:  # outside, inside: share of foreign and of own images accepted, over all thresholds
     "How many own images an expert accepts for the foreign ones it lets through."
+    from sklearn.metrics import roc_curve
     outside, inside, _ = roc_curve(np.isin(expert.labels, expert.classes), _acceptance(expert))
     return pd.DataFrame(dict(outside=outside, inside=inside))
 

@@ -231,3 +231,14 @@ def test_depths_freeze_what_they_say():
         names = [k for k, p in train_only(ResNet32(4), n).named_parameters() if p.requires_grad]
         assert names[0].startswith(first) and names[-1].startswith('head')
     with pytest.warns(UserWarning): train_only(ResNet32(4), 2)
+
+
+@pytest.mark.parametrize('sizes, expected', [((391, 473, 136), 35.78), ((132, 162, 71), 34.3151), ((35, 35, 30), 32.5)])
+def test_all_is_the_class_weighted_mean_of_the_groups(sizes, expected):
+    "Groups at 50, 30 and 15 % on ImageNet-LT, Places-LT and CIFAR-100-LT"
+    from ltbook.measure.accuracy import shot_accuracy
+    per_class = np.repeat([.50, .30, .15], sizes)
+    groups = dict(zip(('many', 'medium', 'few'), np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])))
+    shots = shot_accuracy(per_class, groups)
+    assert [shots[g] for g in groups] == pytest.approx([.50, .30, .15])
+    assert 100*sum(len(ids)*shots[g] for g, ids in groups.items())/sum(sizes) == pytest.approx(expected, abs=1e-4) == pytest.approx(100*per_class.mean(), abs=1e-4)

@@ -172,6 +172,15 @@ def test_through_the_notebook(tmp_path):
     assert again.returncode == 0 and 'run.ipynb' in again.stdout
 
 
+def test_words_left_out_mean_the_same_in_the_notebook(tmp_path):
+    "No profile, no seed: `short` and 0, with the notebook as without"
+    pytest.importorskip('papermill')
+    p = ltbook('run', 'cross_entropy', '--set', 'max_steps=1', '--set', 'epochs=2', '--out', 'out', cwd=tmp_path)
+    assert p.returncode == 0, p.stderr
+    r = find_runs(tmp_path/'out')[0]
+    assert (r.recipe.profile, r.recipe.seed, r.recipe.epochs) == ('short', 0, 2) and (r.path/'run.ipynb').exists()
+
+
 def test_plain_papermill_from_anywhere(tmp_path):
     papermill = pytest.importorskip('papermill')
     os.environ['PYTHONPATH'] = str(ROOT)

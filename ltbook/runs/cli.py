@@ -103,12 +103,13 @@ def run_(
 ):
     "Train a method on a data set; go on with a run that was stopped."
     from ltbook.runs.folder import load_run, run_id
-    from ltbook.runs.notebook import find_notebook, recipe_of, run_notebook
+    from ltbook.runs.notebook import DEFAULTS, find_notebook, recipe_of, run_notebook
     from ltbook.runs.progress import Reporter
     from ltbook.runs.run import make_context, run
     first = resolve_run(start, out) if start else None
     words = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, seed=seed, epochs=epochs, precision=precision,
                  data_root=str(data_root) if data_root else None, out=str(out), device=device, start=str(first.path) if first else None)
+    if not first: words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}      # the notebook has a default profile of its own
     extra = parse_changes(changes or [])
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
     folder = out/run_id(recipe)

@@ -95,9 +95,10 @@ def adaptive_calibration_error(
 
 # %% ../../nbs/measure/32_calibration.ipynb #43d2466b
 def classwise_calibration_error(
-    probabilities: Tensor | np.ndarray,  # (n, C) probabilities 0..1
+    probabilities: Tensor | np.ndarray,  # (n, C) probabilities 0..1, or logits
     labels: Tensor | np.ndarray,  # (n,) true classes
     n_bins: int = 15,  # M
+    logits: bool = False,  # the first argument holds logits: their softmax is taken block by block, so that there is never a second matrix of that size
 ) -> float:  # the error 0..1
     "Mean over the classes of the calibration error of each class's own probability. Raises `UserError` for values outside 0..1."
     probabilities, labels = as_predictions(probabilities, labels)
@@ -106,7 +107,7 @@ def classwise_calibration_error(
     first = torch.arange(C, device=labels.device) * n_bins  # the first cell of each class
     gap = torch.zeros(C * n_bins, dtype=torch.float64, device=labels.device)
     for rows in _blocks(probabilities):
-        p = probabilities[rows].double()
+        p = (_softmax(probabilities[rows]) if logits else probabilities[rows]).double()
         if not (p.min() >= 0 and p.max() <= 1 + 1e-6): raise UserError('Every probability must lie between 0 and 1; take the softmax first.')
         cell = torch.bucketize(p, inner) + first
         gap += torch.bincount(cell.flatten(), p.flatten(), len(gap))

@@ -51,7 +51,7 @@ def measures(
     per_class = per_class_accuracy(logits, labels, len(counts))
     errors = dict(ece=calibration_error(confidence, correct, n_bins), mce=calibration_error(confidence, correct, n_bins, 'max'),
                   aece=adaptive_calibration_error(confidence, correct, n_bins),
-                  cwece=classwise_calibration_error(logits.softmax(1, dtype=confidence.dtype), labels, n_bins))
+                  cwece=classwise_calibration_error(logits, labels, n_bins, logits=True))
     by_group = _group_errors(confidence, correct, labels, groups, n_bins)
     return dict(top1=top1(logits, labels), **shot_accuracy(per_class, groups), **{f'{k}{n_bins}': v for k, v in errors.items()},
                 **{f'ece{n_bins}_{g}': v for g, v in by_group.items()}, nll=_finite(negative_log_likelihood(logits, labels)),

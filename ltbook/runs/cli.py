@@ -94,6 +94,7 @@ def run_(
     imbalance: Annotated[Optional[float], typer.Option(help='Largest over smallest class; default: the usual one of the data set.')] = None,
     profile: Annotated[Optional[str], typer.Option(help='paper, short (40 epochs, the default) or smoke (a few steps).')] = None,
     seed: Annotated[Optional[int], typer.Option(help='Of initial weights, order and augmentation; default 0.')] = None,
+    seeds: Annotated[Optional[str], typer.Option(help='Several runs side by side, e.g. 0..7 or 0,1,2; with mean and spread.')] = None,
     epochs: Annotated[Optional[int], typer.Option(help='Of the first stage; warm-up and drops keep their fractions.')] = None,
     precision: Annotated[Optional[str], typer.Option(help='fp32 or bf16; evaluation is always fp32.')] = None,
     changes: Annotated[Optional[list[str]], typer.Option('--set', help='key=value, any field or setting; may be repeated.')] = None,
@@ -109,8 +110,12 @@ def run_(
     first = resolve_run(start, out) if start else None
     words = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, seed=seed, epochs=epochs, precision=precision,
                  data_root=str(data_root) if data_root else None, out=str(out), device=device, start=str(first.path) if first else None)
-    if not first: words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}      # the notebook has a default profile of its own
     extra = parse_changes(changes or [])
+    if seeds is not None:
+        from ltbook.runs.seeds import cli_seeds
+        cli_seeds(seeds, words, extra, changes or [], bare, console)
+        return
+    if not first: words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}      # the notebook has a default profile of its own
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
     folder = out/run_id(recipe)
     if not (folder/'done.json').exists(): make_context(recipe, data_root, device)      # mistakes show before a kernel starts
@@ -223,10 +228,13 @@ def import_(
 
 @app.command('bench')
 def bench_(
-    seconds: Annotated[float, typer.Option(help='For every measurement.')] = 10.0,
+    seconds: Annotated[float, typer.Option(help='For every measurement; the whole takes about 60 times as long.')] = 8.0,
+    only: Annotated[Optional[list[str]], typer.Option(help='Name of a row, or several with commas; may be repeated.')] = None,
+    out: Annotated[Optional[Path], typer.Option(help='Folder of the JSON file and the figure; default outputs/bench for the whole table.')] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON only.')] = False,
 ):
-    "Training speed here, beside a plain PIL and DataLoader loop."
-    from ltbook.train.bench import main
-    main(['--seconds', str(seconds)])
+    "Speed here: a plain way of doing things beside ours, row by row."
+    from ltbook.runs.bench import cli_bench
+    cli_bench(seconds, tuple(only or ()), out, as_json)
 
 def main(): app(prog_name='ltbook')

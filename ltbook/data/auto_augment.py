@@ -131,7 +131,8 @@ def points(
     one = torch.ones(1, dtype=torch.int32, device=x.device).expand(len(at))
     count = torch.zeros(b*c*256, dtype=torch.int32, device=x.device).scatter_add_(0, at, one).view(b*c, 256)
     kind = kind.repeat_interleave(c)[:, None]
-    table = torch.where(kind == 0, table.repeat_interleave(c, 0), torch.where(kind == 1, autocontrast_table(count), equalize_table(count)).to(torch.uint8))
+    seen = torch.where(kind == 1, autocontrast_table(count), equalize_table(count)).to(torch.uint8)
+    table = torch.where(kind == 0, table.repeat_interleave(c, 0), seen)
     return table.view(-1).index_select(0, at).view(x.shape)
 
 # %% ../../nbs/data/091_auto_augment.ipynb #529b1ad6
@@ -176,7 +177,7 @@ class AutoAugment:
         device='cpu',  # where the images lie
     ):
         if channels not in (1, 3) or side < 3:
-            raise UserError(f'AutoAugment is for images of 1 or 3 channels and at least 3 pixels, got {channels} channels and {side} pixels: switch it off.')
+            raise UserError(f'AutoAugment needs 1 or 3 channels and at least 3 pixels a side, got {channels} and {side}: switch it off.')
         table = signed_moves(side)
         self.moves = list(dict.fromkeys([('Identity', 0.)] + [move for pair in table for both in pair for move in both]))
         self.choices = np.array([[[self.moves.index(move) for move in both] for both in pair] for pair in table])  # (25, 2, 2)

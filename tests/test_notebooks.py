@@ -67,7 +67,7 @@ def test_readme_is_filled_in():
 
 
 def test_numbers_are_unique():
-    numbers = [p.stem.partition('_')[0] for p in NBS]
+    numbers = [p.name.split("_")[0] for p in NBS]
     assert len(numbers) == len(set(numbers)) and all(n.isdigit() for n in numbers)
 
 

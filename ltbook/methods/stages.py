@@ -33,11 +33,12 @@ def representation_stage(
     loss: Callable[[Tensor, dict], Tensor] = lambda z, b: mixed_cross_entropy(z, b['y'], b.get('y_mix'), b.get('lam', 1.0)),  # (logits, batch) -> scalar
     mixup_alpha: float = 0.0,  # 0 doesn't mix
     name: str = 'stage1',  # of the stage
+    view: TrainView | None = None,  # None: the data set's usual augmentation
 ) -> Stage:  # over the whole network
     "Instance-balanced training of the whole network under the recipe's optimiser and schedule."
     r = context.recipe
     if mixup_alpha < 0: raise UserError(f'mixup_alpha must be 0 (no mixup) or larger, got {mixup_alpha}.')
-    return Stage(name, context.network, InstanceBalanced(context.train.labels, seed=r.seed), train_view(context, mixup_alpha), loss,
+    return Stage(name, context.network, InstanceBalanced(context.train.labels, seed=r.seed), view or train_view(context, mixup_alpha), loss,
                  lr=lambda e: SCHEDULES[r.schedule](e, r.epochs, r.lr), epochs=r.epochs, batch_size=r.batch_size, steps=r.max_steps,
                  momentum=r.momentum, nesterov=r.nesterov, weight_decay=r.weight_decay, seed=r.seed)
 
@@ -68,10 +69,13 @@ def classifier_stage(
     lr: float = 0.1,  # of groups with factor 1
     shift_bn: bool = True,  # let BatchNorm statistics follow the balanced stream
     name: str = 'stage2',  # of the stage
+    view: TrainView | None = None,  # None: the data set's usual augmentation
+    nominal: bool = False,  # an epoch is N_1 K draws, and not cut after ceil(N/B) + 1 batches
 ) -> Stage:  # over head and, perhaps, BatchNorm statistics
-    "Class-aware training of the head. An epoch is cut after ceil(N/B) + 1 batches, as in the authors' code, and not the nominal N_1 K draws."
-    r, n = context.recipe, len(context.train)
-    steps = math.ceil(n/r.batch_size) + 1
-    return Stage(name, context.network, ClassAwareSampler(context.train.labels, seed=r.seed, n_draws=steps*r.batch_size), train_view(context), loss,
+    "Class-aware training of the head. An epoch is cut after ceil(N/B) + 1 batches, as in the code of MiSLAS, or has the nominal N_1 K draws."
+    r, draws = context.recipe, int(context.counts.max())*context.n_classes
+    steps = math.ceil(draws/r.batch_size) if nominal else math.ceil(len(context.train)/r.batch_size) + 1
+    if not nominal: draws = steps*r.batch_size
+    return Stage(name, context.network, ClassAwareSampler(context.train.labels, seed=r.seed, n_draws=draws), view or train_view(context), loss,
                  lr=lambda e: SCHEDULES['cosine'](e, epochs, lr), epochs=epochs, batch_size=r.batch_size, steps=r.max_steps or steps, forward=frozen_features, groups=groups,
                  momentum=r.momentum, nesterov=r.nesterov, weight_decay=r.weight_decay, seed=r.seed, set_mode=lambda net: classifier_mode(net, shift_bn))

@@ -15,9 +15,9 @@ from ..data.features import FeatureSet, write_features
 from ..data.images import data_root
 from ..methods.method import Context, get_method
 from ..methods.routed_heads import linear_of
+from .evaluate import trained_stages
 from .folder import Run
 from .run import make_context
-from ..train.files import load_weights
 
 # %% ../../nbs/runs/69_features.ipynb #7691556e
 def trained_network(
@@ -29,12 +29,7 @@ def trained_network(
     "Rebuild a network of a run. Raises `UserError` for an unknown stage or missing weights."
     stages, context = get_method(run.recipe.method).stages, make_context(run.recipe, root, device)
     stage = one_of(stage or next(iter(stages)), stages, 'stage')
-    for name, build in stages.items():
-        built = build(context)
-        if built is None: continue
-        file = run.path/f'{name}.safetensors'
-        if not file.exists(): raise UserError(f'The run {run.id} has no weights of {name} here (they are not kept in git). Make them again with: {run.env.get("command", "ltbook run")}')
-        load_weights(file, context.compute.prepare(built.network))
+    for name, built in trained_stages(run, context):
         if name == stage: return context, built.network.eval()
     raise UserError(f'The run {run.id} has no stage {stage}.')
 

@@ -20,11 +20,12 @@ from ..data.stores import ImageSet
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method
 from ..models.fusion import JointCalibration, check_logits
+from .evaluate import trained_stages
 from .folder import Run
 from .recipe import Recipe
 from .run import STAGE1_FIELDS, make_context, open_folder, stage_logits
 from ..train.compute import Compute
-from ..train.files import load_state, load_weights, read_rows, write_atomic, write_rows
+from ..train.files import read_rows, write_atomic, write_rows
 from ..train.loop import fit
 
 # %% ../../nbs/runs/68_fusion.ipynb #20f110cb
@@ -176,11 +177,7 @@ def logits_on(
     "Build the network of a run again and show it other images. Raises `UserError` where weights are missing."
     context, stage = make_context(run.recipe, root, device), stage or run.stages[-1]
     context.parts['test'] = images.to(context.compute.device)
-    for name, build in get_method(run.recipe.method).stages.items():
-        s = build(context)
-        if s is None: continue
-        load_weights(run.path/f'{name}.safetensors', context.compute.prepare(s.network))
-        for k, v in (load_state(run.path/f'{name}.state.pt') or {}).items(): s.state[k].load_state_dict(v)
+    for name, s in trained_stages(run, context):
         context.logits[name] = stage_logits(context, s) or {}
         if name == stage: break
     return Logits(f'{run.recipe.method} {stage}', torch.from_numpy(context.logits[stage]['logits']), images.labels.cpu(),

@@ -14,6 +14,7 @@ from ..data.checks import UserError
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..methods.method import Method, Published, Settings, get_method
+from ..train.schedule import SCHEDULES
 
 # %% ../../nbs/runs/61_recipe.ipynb #f5b66704
 class Recipe(BaseModel):
@@ -32,7 +33,7 @@ class Recipe(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2e-4  # on everything that trains
-    schedule: Literal['step', 'cosine'] = 'step'  # see ltbook.train.schedule
+    schedule: str = 'step'  # a name of ltbook.train.schedule.SCHEDULES
     max_steps: Annotated[int, Field(ge=1)] | None = None  # cut every epoch, for smoke runs
     backbone: Literal['resnet32', 'resnet10', 'resnet50', 'resnext50', 'resnet152', 'resnet152_frozen'] = 'resnet32'  # only resnet32 can be run so far
     head: Literal['linear', 'cosine'] = 'linear'
@@ -58,10 +59,11 @@ class Recipe(BaseModel):
         if isinstance(v, dict) and 'method' in info.data: return get_method(info.data['method']).settings(**v)
         return v
 
-    @field_validator('shot_rule')
+    @field_validator('shot_rule', 'schedule')
     @classmethod
-    def _known_rule(cls, v):
-        if v not in SHOT_RULES: raise ValueError(f'choose from: {", ".join(SHOT_RULES)}')
+    def _known_name(cls, v, info):
+        known = dict(shot_rule=SHOT_RULES, schedule=SCHEDULES)[info.field_name]
+        if v not in known: raise ValueError(f'choose from: {", ".join(known)}')
         return v
 
 # %% ../../nbs/runs/61_recipe.ipynb #dfcfface

@@ -12,7 +12,8 @@ from ltbook.data.augment import TrainView, rotate
 from ltbook.data.checks import UserError
 from ltbook.data.stores import ImageSet
 from ltbook.losses.dirichlet import DirichletPool, component_means, dirmixe_loss, draw_losses, semi_variance
-from ltbook.losses.experts import effective_weights, ldam_margins, reversed_prior, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
+from ltbook.losses.experts import ldam_margins, reversed_prior, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
+from ltbook.losses.reweighting import class_balanced_weights
 from ltbook.models.expert_resnet import ExpertResNet32
 from ltbook.runs.folder import load_run
 from ltbook.runs.recipe import recipe
@@ -129,7 +130,7 @@ def test_losses_differentiate_as_they_should():
     assert gradcheck(lambda z: skill_diverse_loss(z, y, sade_adjustment(torch.tensor(n))), f)
     assert gradcheck(lambda z: dirmixe_loss(z, y, k, q, pi, 1.3, 5.), f)
     margins = 30*ldam_margins(torch.tensor(n))
-    assert gradcheck(lambda z: ride_loss(z, y, margins, 0., effective_weights(torch.tensor(n))), f)
+    assert gradcheck(lambda z: ride_loss(z, y, margins, 0., class_balanced_weights(torch.tensor(n))), f)
 
 
 def test_large_logits_in_single_precision():

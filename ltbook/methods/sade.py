@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from ..data.augment import TrainView
 from ..data.checks import UserError
-from ..losses.experts import effective_weights, ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
+from ..losses.experts import ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
+from ..losses.reweighting import class_balanced_weights
 from .method import Context, Method, Published, Settings, register
 from .stages import representation_stage
 from ..models.expert_resnet import ExpertResNet32
@@ -103,7 +104,7 @@ def ride_stage(
 ) -> Stage:  # over the whole network
     "LDAM margins and diversity (section 3 of the paper, without routing and distillation)."
     r, s, n = context.recipe, context.settings, torch.as_tensor(context.counts)
-    parts = 30*ldam_margins(n, s.largest_margin), effective_weights(n), ride_temperature(n, s.temperature)
+    parts = 30*ldam_margins(n, s.largest_margin), class_balanced_weights(n), ride_temperature(n, s.temperature)
     margins, weights, temperature = (v.float().to(context.compute.device) for v in parts)
     def loss(out: dict, batch: dict) -> Tensor:
         late = count.epoch >= round(s.late*r.epochs)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 from .style import COLORS, GROUP_COLORS, house_axes
 
 # %% ../../nbs/plots/78_difficulty.ipynb #c234cfaa
@@ -123,6 +123,7 @@ def plot_contrast(
             style = dict(color=COLORS[i % len(COLORS)]) | dict((styles or {}).get(name, {}))
             ax.plot(np.arange(1, len(c) + 1), c[column], linewidth=1.3, label=name, **style)
         ax.set(xlabel='epoch', yscale='log' if column == 'ratio' else 'linear')
+        if column == 'ratio': ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         ax.set_title(title, fontsize='medium')
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if contrasts: axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small', frameon=False, handlelength=1.6)
@@ -137,13 +138,12 @@ def plot_gradients(
     drops: Sequence[int] = (),  # epochs, from 1, at which the learning rate dropped
 ) -> Axes:  # the axes of the norms
     "Two norms on a logarithmic axis, and their cosine (right, grey)."
-    ax, x, silent = house_axes(ax, (4.5, 3.0)), np.arange(1, len(history) + 1), []
+    ax, x = house_axes(ax, (4.5, 3.0)), np.arange(1, len(history) + 1)
     for i, (column, name) in enumerate(NORMS.items()):
         y = history[column].where(history[column] > 0)
-        if y.notna().any(): ax.plot(x, y, color=COLORS[i], linewidth=1.5, label=name)
-        else: silent.append(f'{name}: exactly 0')
+        ax.plot(x, y, color=COLORS[i], linewidth=1.5, label=name if y.notna().any() else f'{name}: exactly 0')
     _mark_drops(drops, ax)
-    if ax.lines: ax.set_yscale('log')
+    ax.set_yscale('log')
     ax.set(xlabel='epoch', ylabel='norm of the gradient', xlim=(0.5, len(history) + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if 'gradient_cosine' in history and history.gradient_cosine.notna().any():
@@ -153,7 +153,6 @@ def plot_gradients(
         right.set(ylim=(-1.05, 1.05))
         right.set_ylabel('cosine', color='0.5')
         right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
-    if silent: ax.text(0.98, 0.95, '\n'.join(silent), transform=ax.transAxes, ha='right', va='top', fontsize='small')
     ax.legend(loc='lower left', fontsize='small', frameon=False, handlelength=1.2)
     return ax
 
@@ -195,5 +194,5 @@ def plot_scales(
         right.set(ylim=(0, None))
         right.set_ylabel(r'smoothing $\varepsilon_c$', color='0.5')
         right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), fontsize='small', frameon=False, ncols=2, handletextpad=0.2, borderaxespad=0.2)
+    ax.legend(loc='lower left', fontsize='small', framealpha=0.7, edgecolor='none', handletextpad=0.2)
     return ax

@@ -153,7 +153,7 @@ def plot_gradients(
         right.set(ylim=(-1.05, 1.05))
         right.set_ylabel('cosine', color='0.5')
         right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
-    ax.legend(loc='lower left', fontsize='small', frameon=False, handlelength=1.2)
+    ax.legend(loc='best', fontsize='small', framealpha=0.7, edgecolor='none', handlelength=1.2)
     return ax
 
 # %% ../../nbs/plots/78_difficulty.ipynb #a0742429
@@ -194,5 +194,5 @@ def plot_scales(
         right.set(ylim=(0, None))
         right.set_ylabel(r'smoothing $\varepsilon_c$', color='0.5')
         right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
-    ax.legend(loc='lower left', fontsize='small', framealpha=0.7, edgecolor='none', handletextpad=0.2)
+    ax.legend(loc='best', fontsize='small', framealpha=0.7, edgecolor='none', handletextpad=0.2)
     return ax

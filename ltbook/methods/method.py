@@ -119,6 +119,7 @@ class Method:
     network: Callable[[Context], nn.Module] = standard_network
     check: Callable[[Context], None] = lambda context: None  # raises `UserError` before training for what would fail in a later stage
     printed: dict[str, tuple[str, str]] = field(default_factory=dict)  # stage -> (paper, method) under which the published table has it
+    sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # name -> rows of it, each a dict of name, method and changes of the recipe
     hidden: bool = False  # left out of lists, for examples in notebooks
 
 # %% ../../nbs/methods/50_method.ipynb #f8e775ba

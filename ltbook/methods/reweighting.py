@@ -166,8 +166,10 @@ def stage2(
     s, eps, net = context.settings, smoothing(context), context.network
     if eps is None: return None
     net.head = ScaledHead(net.head, context.n_classes).to(context.compute.device)
-    return classifier_stage(context, [dict(params=list(net.head.parameters()))], lambda z, b: label_aware_smoothing(z, b['y'], eps), s.stage2_epochs, s.stage2_lr,
-                            shift_bn=False, view=strong_view(context), nominal=s.stage2_length == 'nominal')
+    stage = classifier_stage(context, [dict(params=list(net.head.parameters()))], lambda z, b: label_aware_smoothing(z, b['y'], eps), s.stage2_epochs, s.stage2_lr,
+                             shift_bn=False, view=strong_view(context), nominal=s.stage2_length == 'nominal')
+    stage.after_epoch = lambda e: dict(scales=net.head.scale.detach().clone())
+    return stage
 
 # %% ../../nbs/methods/591_reweighting.ipynb #daa2ec4b
 class ReweightingSettings(MetaSettings):

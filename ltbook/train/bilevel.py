@@ -9,7 +9,7 @@ __all__ = ['no_running_statistics', 'plain_cross_entropy', 'meta_gradient_refere
 # %% ../../nbs/train/40_bilevel.ipynb #79f3fd62
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-import time
+import time, warnings
 from statistics import median
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +77,9 @@ def meta_gradient(
         virtual = {k: (p - lr*g).detach().requires_grad_() for (k, p), g in zip(params.items(), grads)}
         m = meta_loss(logits(virtual, meta['x']), meta['y']).mean()
         direction = dict(zip(params, torch.autograd.grad(m, virtual.values())))
-        with torch.no_grad(): u = jvp(per_sample, ({k: p.detach() for k, p in params.items()},), (direction,))[1]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.torch.jit.script', FutureWarning)      # from inside of PyTorch's forward mode
+            u = jvp(per_sample, ({k: p.detach() for k, p in params.items()},), (direction,))[1]
     return torch.zeros_like(w).index_add_(0, y, u.to(w))*(-lr/len(y)), m.detach()
 
 # %% ../../nbs/train/40_bilevel.ipynb #304a8501

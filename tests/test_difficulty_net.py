@@ -59,6 +59,22 @@ class TestBilevel:
         b, n = meta_gradient(net, images(16), images(12, seed=1), w, .2, loss)
         assert (a - b).abs().max() < 1e-6 < a.abs().max() and abs(m - n) < 1e-6
 
+    def test_one_lot_a_batch(self):
+        "Equalization loss: the look ahead and the real step of a batch see the same throw, and batches differ"
+        c = make_context(recipe('difficulty_net', 'digits', profile='smoke', loss='equalization', equalization_drop=.5))
+        stage = get_method('difficulty_net').stages['stage1'](c)
+        stage.set_mode(stage.network)
+        lot, weigher = stage.state['lot'], stage.state['weigher']
+        weigher.accuracies = torch.linspace(.9, .1, 10)
+        rng, seen = np.random.default_rng(0), []
+        for _ in range(6):
+            batch = stage.before_step(stage.view(rng.integers(0, 200, 32), rng), .1)
+            seen.append(lot.yes)
+            a, _ = meta_gradient(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
+            b, _ = meta_gradient_reference(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
+            assert lot.yes == seen[-1] and (a - b).abs().max() <= 1e-5*max(1., b.abs().max())
+        assert len(set(seen)) == 2
+
     def test_nothing_leaks(self):
         net = ResNet32(10).train()
         before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -124,7 +140,7 @@ class TestModes:
         assert w.log[0]['meta_gradient'] == 0 and w.log[0]['driver_gradient'] == 0
 
     def test_meta_batches(self):
-        "Every meta image once before any comes again; anew each epoch"
+        "No meta image twice before a new order, which comes when fewer than a batch are left"
         w, _ = self.weigher('exact', meta_batch=30)
         seen = []
         w.view = lambda index: seen.append(index)
@@ -227,9 +243,15 @@ class TestBadInput:
     def test_accuracies(self, values):
         with pytest.raises(UserError, match=r'\[0, 1\]'): driver_loss(torch.tensor([.5, .5]), torch.tensor(values))
 
-    @pytest.mark.parametrize('bad', [dict(driver_weight=-.1), dict(meta_grad='half'), dict(target='rel'), dict(n_meta=0), dict(meta_val_split=10), dict(n_meta=200), dict(loss='ldam')])
-    def test_settings(self, bad):
-        with pytest.raises(UserError): make_context(recipe('difficulty_net', 'digits', **bad))
+    @pytest.mark.parametrize('bad, word', [
+        (dict(driver_weight=-.1), 'driver_weight = -0.1'), (dict(meta_grad='half'), "'exact' or 'none'"), (dict(target='rel'), "'relative' or 'absolute'"), (dict(n_meta=0), 'n_meta = 0'),
+        (dict(meta_val_split=10), 'divided after 1 to 9'), (dict(n_meta=200), 'too few to put 200 aside'), (dict(loss='ldam'), 'head=cosine'), (dict(data_seed=7), 'Leave data_seed out')])
+    def test_settings(self, bad, word):
+        with pytest.raises(UserError) as e: make_context(recipe('difficulty_net', 'digits', **bad))
+        assert word in str(e.value)
+
+    def test_negative_lambda(self):
+        with pytest.raises(UserError, match='at least 0'): gradients(DifficultyNet(3), torch.tensor([.1, .2, .3]), -1., 'relative', None)
 
 
 def test_class_aware_stream():

@@ -20,7 +20,7 @@ from ltbook.models.difficulty_net import DifficultyNet, difficulty_weights, driv
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
 from ltbook.runs.recipe import recipe
-from ltbook.runs.run import make_context, run
+from ltbook.runs.run import make_context, recipe_from, run
 from ltbook.train.bilevel import bilevel_steps, meta_gradient, meta_gradient_reference, no_running_statistics, plain_cross_entropy
 
 
@@ -227,6 +227,26 @@ class TestRuns:
     def test_best_on_val_is_named(self, tmp_path):
         done = load_run(run(recipe('reweighting', 'digits', profile='smoke', select='val', smoothing=False), tmp_path))
         assert done.stages == ['stage1'] and done.metrics['stage1']['selection'] == 'best_on_val'
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('start')
+    return load_run(run(recipe('difficulty_net', 'digits', profile='smoke', meta_grad='none', driver_weight=3., loss='balanced_softmax', n_meta=5), folder))
+
+
+class TestTakenOver:
+    def test_settings_of_stage_1_come_along(self, start):
+        r = recipe_from(start, 'difficulty_net', stage2_lr=.01)
+        kept = ('meta_grad', 'driver_weight', 'loss', 'n_meta', 'network_lr')
+        assert [getattr(r.settings, k) for k in kept] == [getattr(start.recipe.settings, k) for k in kept] and r.settings.stage2_lr == .01
+        second = load_run(run(r, start.path.parents[2], start=start))
+        assert second.metrics['stage1']['top1'] == start.metrics['stage1']['top1']
+
+    def test_refused(self, start, tmp_path):
+        with pytest.raises(UserError, match='meta_grad belong to stage 1'): recipe_from(start, 'difficulty_net', meta_grad='exact')
+        with pytest.raises(UserError, match='was not trained as reweighting trains its own'): recipe_from(start, 'reweighting')
+        with pytest.raises(UserError, match='other images'): run(recipe_from(start, 'crt'), tmp_path, start=start)
 
 
 class TestBadInput:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.checks import UserError
 from ..data.sampling import InstanceBalanced
 from .method import Context, Length, Method, NonNegative, Positive, Published, register
-from .reweighting import SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, make_lot, meta_split, sample_loss, smoothing, stage2, weighted_stage
+from .reweighting import SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, make_lot, meta_split, sample_loss, smoothing, stage1_settings, stage2, weighted_stage
 from ..models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ..train.bilevel import meta_gradient, plain_cross_entropy
 from ..train.stage import Stage
@@ -152,4 +152,4 @@ RECIPES = (
 difficulty_net = register(Method(
     'difficulty_net', 'class weights from learned difficulties, one step ahead', 'Sinha & Ohashi, WACV 2023, arXiv 2209.02960', dict(stage1=stage1, stage2=stage2),
     DifficultySettings, RECIPES, SHORT | dict(network_lr=1e-3), SMOKE, split=meta_split, check=lambda c: (smoothing(c), sample_loss(c)),
-    printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')), sweeps=dict(ablation=ablation_grid)))
+    stage1_settings=stage1_settings(DifficultySettings), printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')), sweeps=dict(ablation=ablation_grid)))

@@ -22,7 +22,8 @@ class TensorSGD:
         optimizer: torch.optim.SGD,  # with its state as it shall go on; don't load another one afterwards
     ):
         self.optimizer, self.lr = optimizer, None
-        if any(g['dampening'] or g['maximize'] for g in optimizer.param_groups): raise UserError('A captured step knows SGD without dampening and maximize only.')
+        if any(g['dampening'] or g['maximize'] for g in optimizer.param_groups):
+            raise UserError('A captured step knows SGD without dampening and maximize only.')
         self.rates = {p: torch.zeros_like(p, requires_grad=False) for g in optimizer.param_groups for p in g['params']}
         for g in optimizer.param_groups:
             for p in g['params'] if g['momentum'] else ():
@@ -156,8 +157,9 @@ def captured_step(
     "The step to use instead of the loop's own, if there is one."
     return CapturedStep(stage, optimizer, compute) if compute.capture and can_capture(stage) else None
 
-# %% ../../nbs/train/401_captured_step.ipynb #1f22f8a6
-READS = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'masked_select', 'equal', 'unique', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount')
+# %% ../../nbs/train/401_captured_step.ipynb #bb93ece8
+READS = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'masked_select', 'equal',
+         'unique', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount')
 BRINGS = ('lift_fresh',)
 
 class _Watch(TorchDispatchMode):

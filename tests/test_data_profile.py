@@ -102,4 +102,6 @@ def test_borders_and_unknown_rules():
     assert [len(v) for v in shot_groups([101, 100, 20, 19], 'oltr').values()] == [2, 1, 1]
     with pytest.raises(UserError): shot_groups([1, 2], 'many')
     with pytest.raises(UserError, match='thirds'): shot_groups(np.ones(37), 'mislas')
-    assert set(SHOT_RULES) == {'100/20', '1000/200', 'oltr', 'mislas', 'thirds'}
+    assert [len(v) for v in shot_groups([190, 189, 95, 94], 'difficulty_net').values()] == [1, 2, 1]
+    assert [len(v) for v in shot_groups([1001, 1000, 200, 199], '1000/200').values()] == [1, 2, 1]
+    assert set(SHOT_RULES) == {'100/20', '1000/200', 'difficulty_net', 'oltr', 'mislas', 'thirds'}

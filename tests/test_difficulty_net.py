@@ -20,7 +20,7 @@ from ltbook.models.difficulty_net import DifficultyNet, difficulty_weights, driv
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
 from ltbook.runs.recipe import recipe
-from ltbook.runs.run import make_context, run
+from ltbook.runs.run import make_context, recipe_from, run
 from ltbook.train.bilevel import bilevel_steps, meta_gradient, meta_gradient_reference, no_running_statistics, plain_cross_entropy
 
 
@@ -58,6 +58,22 @@ class TestBilevel:
         a, m = meta_gradient_reference(net, images(16), images(12, seed=1), w, .2, loss)
         b, n = meta_gradient(net, images(16), images(12, seed=1), w, .2, loss)
         assert (a - b).abs().max() < 1e-6 < a.abs().max() and abs(m - n) < 1e-6
+
+    def test_one_lot_a_batch(self):
+        "Equalization loss: the look ahead and the real step of a batch see the same throw, and batches differ"
+        c = make_context(recipe('difficulty_net', 'digits', profile='smoke', loss='equalization', equalization_drop=.5))
+        stage = get_method('difficulty_net').stages['stage1'](c)
+        stage.set_mode(stage.network)
+        lot, weigher = stage.state['lot'], stage.state['weigher']
+        weigher.accuracies = torch.linspace(.9, .1, 10)
+        rng, seen = np.random.default_rng(0), []
+        for _ in range(6):
+            batch = stage.before_step(stage.view(rng.integers(0, 200, 32), rng), .1)
+            seen.append(lot.yes)
+            a, _ = meta_gradient(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
+            b, _ = meta_gradient_reference(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
+            assert lot.yes == seen[-1] and (a - b).abs().max() <= 1e-5*max(1., b.abs().max())
+        assert len(set(seen)) == 2
 
     def test_nothing_leaks(self):
         net = ResNet32(10).train()
@@ -124,7 +140,7 @@ class TestModes:
         assert w.log[0]['meta_gradient'] == 0 and w.log[0]['driver_gradient'] == 0
 
     def test_meta_batches(self):
-        "Every meta image once before any comes again; anew each epoch"
+        "No meta image twice before a new order, which comes when fewer than a batch are left"
         w, _ = self.weigher('exact', meta_batch=30)
         seen = []
         w.view = lambda index: seen.append(index)
@@ -213,6 +229,26 @@ class TestRuns:
         assert done.stages == ['stage1'] and done.metrics['stage1']['selection'] == 'best_on_val'
 
 
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('start')
+    return load_run(run(recipe('difficulty_net', 'digits', profile='smoke', meta_grad='none', driver_weight=3., loss='balanced_softmax', n_meta=5), folder))
+
+
+class TestTakenOver:
+    def test_settings_of_stage_1_come_along(self, start):
+        r = recipe_from(start, 'difficulty_net', stage2_lr=.01)
+        kept = ('meta_grad', 'driver_weight', 'loss', 'n_meta', 'network_lr')
+        assert [getattr(r.settings, k) for k in kept] == [getattr(start.recipe.settings, k) for k in kept] and r.settings.stage2_lr == .01
+        second = load_run(run(r, start.path.parents[2], start=start))
+        assert second.metrics['stage1']['top1'] == start.metrics['stage1']['top1']
+
+    def test_refused(self, start, tmp_path):
+        with pytest.raises(UserError, match='meta_grad belong to stage 1'): recipe_from(start, 'difficulty_net', meta_grad='exact')
+        with pytest.raises(UserError, match='was not trained as reweighting trains its own'): recipe_from(start, 'reweighting')
+        with pytest.raises(UserError, match='other images'): run(recipe_from(start, 'crt'), tmp_path, start=start)
+
+
 class TestBadInput:
     def test_overlap(self):
         with pytest.raises(UserError, match='overlaps'): MetaTail(np.arange(5), np.array([5]), None, 'all', 0, meta=np.array([4]))
@@ -227,9 +263,15 @@ class TestBadInput:
     def test_accuracies(self, values):
         with pytest.raises(UserError, match=r'\[0, 1\]'): driver_loss(torch.tensor([.5, .5]), torch.tensor(values))
 
-    @pytest.mark.parametrize('bad', [dict(driver_weight=-.1), dict(meta_grad='half'), dict(target='rel'), dict(n_meta=0), dict(meta_val_split=10), dict(n_meta=200), dict(loss='ldam')])
-    def test_settings(self, bad):
-        with pytest.raises(UserError): make_context(recipe('difficulty_net', 'digits', **bad))
+    @pytest.mark.parametrize('bad, word', [
+        (dict(driver_weight=-.1), 'driver_weight = -0.1'), (dict(meta_grad='half'), "'exact' or 'none'"), (dict(target='rel'), "'relative' or 'absolute'"), (dict(n_meta=0), 'n_meta = 0'),
+        (dict(meta_val_split=10), 'divided after 1 to 9'), (dict(n_meta=200), 'too few to put 200 aside'), (dict(loss='ldam'), 'head=cosine'), (dict(data_seed=7), 'Leave data_seed out')])
+    def test_settings(self, bad, word):
+        with pytest.raises(UserError) as e: make_context(recipe('difficulty_net', 'digits', **bad))
+        assert word in str(e.value)
+
+    def test_negative_lambda(self):
+        with pytest.raises(UserError, match='at least 0'): gradients(DifficultyNet(3), torch.tensor([.1, .2, .3]), -1., 'relative', None)
 
 
 def test_class_aware_stream():

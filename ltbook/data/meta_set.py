@@ -48,9 +48,10 @@ def halves(
     labels,  # (M,) labels of the meta set, the same number of every class
     n_first: int,  # images of every class in the first half
 ) -> tuple[np.ndarray, np.ndarray]:  # positions within the meta set; int64, ascending
-    "Divide a balanced set in two balanced ones. Raises `UserError` if one of them would be empty."
+    "Divide a balanced set in two balanced ones. Raises `UserError` if one of them would be empty, or the set is not balanced."
     labels = np.asarray(labels)
     m = np.bincount(labels).min()
+    if np.bincount(labels).max() != m: raise UserError(f'A balanced set has the same number of images of every class: here {m} to {np.bincount(labels).max()}.')
     if not 0 < n_first < m: raise UserError(f'{m} meta images a class can be divided after 1 to {m - 1} of them, not after {n_first}.')
     where = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
     return tuple(np.sort(np.concatenate(p)).astype(np.int64) for p in ([w[:n_first] for w in where], [w[n_first:] for w in where]))

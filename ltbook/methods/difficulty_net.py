@@ -9,12 +9,14 @@ __all__ = ['LAMBDAS', 'BASES', 'RECIPES', 'difficulty_net', 'DifficultySettings'
 # %% ../../nbs/methods/592_difficulty_net.ipynb #b893c190
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 import numpy as np, torch
 from torch import Tensor, nn
+from ..data.checks import UserError
 from ..data.sampling import InstanceBalanced
 from .method import Context, Length, Method, NonNegative, Positive, Published, register
-from .reweighting import SHORT, SMOKE, SOURCE, ClassWeigher, Lot, MetaSettings, cifar_rows, meta_split, sample_loss, smoothing, stage2, weighted_stage
+from .reweighting import SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, make_lot, meta_split, sample_loss, smoothing, stage1_settings, stage2, weighted_stage
 from ..models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ..train.bilevel import meta_gradient, plain_cross_entropy
 from ..train.stage import Stage
@@ -41,7 +43,8 @@ def gradients(
     target: str,  # of the driver
     look_ahead: Callable[[Tensor], tuple[Tensor, Tensor]] | None,  # weights (C,) -> (dM/dw (C,), M); None: the driver alone
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:  # of lambda D, of M, one tensor a parameter; D; M
-    "Both parts of the gradient of M + lambda D."
+    "Both parts of the gradient of M + lambda D. Raises `UserError` for a lambda below 0."
+    if driver_weight < 0: raise UserError(f'The driver weight lambda is at least 0, got {driver_weight}.')
     params, d = list(g.parameters()), g(accuracies)
     driver = driver_loss(d, accuracies, target)
     pull = torch.autograd.grad(driver_weight*driver, params, retain_graph=True)
@@ -89,7 +92,7 @@ class DifficultyWeigher(ClassWeigher):
         "What the history shall know about a step."
         a, b = (torch.cat([t.flatten() for t in part]) for part in (pull, push))
         log = dict(driver_loss=driver, driver_gradient=a.norm(), meta_gradient=b.norm())
-        return log if m is None else log | dict(meta_loss=m, gradient_cosine=torch.cosine_similarity(a, b, 0))
+        return log if m is None else log | dict(meta_loss=m, gradient_cosine=(a @ b)/(a.norm()*b.norm()))
 
     def after_epoch(self, epoch: int) -> dict:
         "Means over the epoch, difficulties and weights at its end, and the accuracies that come next."
@@ -117,8 +120,8 @@ def difficulty_network(
 def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
-    "Training under weights that are learned on the way (algorithm 1 of the paper)."
-    s, g, lot = context.settings, difficulty_network(context), Lot(context.recipe.seed)
+    "Training under weights that are learned on the way."
+    s, g, lot = context.settings, difficulty_network(context), make_lot(context)
     adam = torch.optim.Adam(g.parameters(), s.network_lr, weight_decay=s.network_decay)
     return weighted_stage(context, DifficultyWeigher(context, g, adam, sample_loss(context, lot)), lot)
 
@@ -139,14 +142,14 @@ def ablation_grid() -> list[dict]:  # rows: name, method, changes of its recipe
 def _large(name, epochs, lr, schedule, width, weight_decay, backbone, **more) -> Published:
     "A large-scale row."
     return Published(name, None, dict(epochs=epochs, lr=lr, schedule=schedule, weight_decay=weight_decay, backbone=backbone, head='cosine', width=width, bias=True, network_lr=1e-3,
-                                      n_meta=10, auto_augment=False, cutout_side=0, **more), f'{SOURCE}; needs a large-scale loader')
+                                      n_meta=10, auto_augment=False, cutout_side=0, stage2_length='train', **more), f'{SOURCE}, as far as a recipe can say it; needs a large-scale loader')
 
 RECIPES = (
-    *cifar_rows(),
+    *(replace(p, changes=p.changes | dict(network_lr=1e-3)) if p.dataset == 'digits' else p for p in cifar_rows()),
     _large('imagenet_lt', 180, 0.05, 'cosine', 1024, 5e-4, 'resnet50', nesterov=True, loss='balanced_softmax', smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10),
     _large('places_lt', 30, 0.01, 'step', 512, 5e-4, 'resnet152', smooth_head=0.4, smooth_tail=0.1, stage2_epochs=20, stage2_lr=0.1),
 )
 difficulty_net = register(Method(
     'difficulty_net', 'class weights from learned difficulties, one step ahead', 'Sinha & Ohashi, WACV 2023, arXiv 2209.02960', dict(stage1=stage1, stage2=stage2),
     DifficultySettings, RECIPES, SHORT | dict(network_lr=1e-3), SMOKE, split=meta_split, check=lambda c: (smoothing(c), sample_loss(c)),
-    printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')), sweeps=dict(ablation=ablation_grid)))
+    stage1_settings=stage1_settings(DifficultySettings), printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')), sweeps=dict(ablation=ablation_grid)))

@@ -119,6 +119,7 @@ class Method:
     network: Callable[[Context], nn.Module] = standard_network
     check: Callable[[Context], None] = lambda context: None  # raises `UserError` before training for what would fail in a later stage
     printed: dict[str, tuple[str, str]] = field(default_factory=dict)  # stage -> (paper, method) under which the published table has it
+    stage1_settings: dict[str, Any] = field(default_factory=lambda: dict(mixup_alpha=0.0))  # own settings that shape stage 1, with the value of runs that don't have them; None: such runs can't be taken over
     sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # name -> rows of it, each a dict of name, method and changes of the recipe
     hidden: bool = False  # left out of lists, for examples in notebooks
 

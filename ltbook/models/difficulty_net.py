@@ -59,6 +59,7 @@ def driver_loss(
 def driver_optimum(
     accuracies: Tensor,  # (C,) in [0, 1], not all zero
 ) -> Tensor:  # (C,), mean 1
-    "The weights at which the relative driver loss is zero."
+    "The weights at which the relative driver loss is zero. Raises `UserError` where all accuracies are zero."
+    if not accuracies.sum() > 0: raise UserError('At least one accuracy must be above 0 for a relative difficulty.')
     C = len(accuracies)
     return (C - accuracies/accuracies.mean())/(C - 1)

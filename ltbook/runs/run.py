@@ -196,19 +196,21 @@ def recipe_from(
 ) -> Recipe:  # with `start` set
     "A recipe that takes over the first stage of another run. Raises `UserError` if the method has no further stage or changes touch stage 1."
     if len(get_method(method).stages) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
-    touched = sorted(set(changes) & {*STAGE1_FIELDS, 'mixup_alpha'})
+    r, m = start.recipe, get_method(method)
+    own = {k: getattr(r.settings, k, v) for k, v in m.stage1_settings.items() if k in m.settings.model_fields}
+    touched, absent = sorted(set(changes) & {*STAGE1_FIELDS, *own}), [k for k, v in own.items() if v is None]
+    if absent: raise UserError(f'The stage 1 of {start.id} was not trained as {method} trains its own: it has no {", ".join(absent)}. Start from a run of {method}, or run without --from.')
     if touched: raise UserError(f'{", ".join(touched)} belong to stage 1, which is taken from {start.id}: leave them out, or run without --from.')
-    r, own = start.recipe, get_method(method).settings.model_fields
-    same = dict(mixup_alpha=getattr(r.settings, 'mixup_alpha', 0.0)) if 'mixup_alpha' in own else {}
-    return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **{k: getattr(r, k) for k in STAGE1_FIELDS}, **same, **changes)
+    return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **{k: getattr(r, k) for k in STAGE1_FIELDS}, **own, **changes)
 
 # %% ../../nbs/runs/63_run.ipynb #00857c77
 def copy_stage1(
     start: Run,  # where stage 1 was trained
-    folder: Path,  # of the new run
+    folder: Path,  # of the new run, with its manifest
 ) -> None:
-    "Take over weights and history of stage 1."
-    source = start.path/'stage1.safetensors'
+    "Take over weights and history of stage 1. Raises `UserError` for a run without weights, or on other images."
+    source, images = start.path/'stage1.safetensors', [json.loads((p/'manifest.json').read_text())['sha256'] for p in (start.path, folder)]
+    if images[0] != images[1]: raise UserError(f'The stage 1 of {start.id} was trained on other images than this run may use: run without --from.')
     if not source.exists(): raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). Make them again with: {start.env.get("command")}')
     write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'stage1'])
     write_atomic(folder/'stage1.safetensors', lambda p: p.write_bytes(source.read_bytes()))

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['no_running_statistics', 'plain_cross_entropy', 'meta_gradient_reference', 'meta_gradient', 'step_seconds',
-           'bilevel_steps', 'bilevel_rates']
+           'bilevel_steps']
 
 # %% ../../nbs/train/40_bilevel.ipynb #79f3fd62
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import time, warnings
-from statistics import median
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
@@ -110,13 +109,3 @@ def bilevel_steps(
     def with_gradient(f):
         f(network, batch, meta, w, .01); plain()
     return dict(plain=plain, bilevel=lambda: with_gradient(meta_gradient), bilevel_reference=lambda: with_gradient(meta_gradient_reference))
-
-def bilevel_rates(
-    network: nn.Module,  # of 3 x 32 x 32 images and 100 classes; trained in place
-    turns: int = 5,
-) -> list[dict]:  # rows with name, unit, median seconds, ratio to the plain step
-    "Cost of a bilevel step with 128 training and 100 meta images, fp32, on the CPU."
-    network.to(memory_format=torch.channels_last).train()
-    data = lambda n: dict(x=torch.randn(n, 3, 32, 32).to(memory_format=torch.channels_last), y=torch.randint(0, 100, (n,)))
-    seconds = {k: median(v) for k, v in step_seconds(bilevel_steps(network, data(128), data(100)), turns).items()}
-    return [dict(name=k, unit='s', median=s, ratio=s/seconds['plain']) for k, s in seconds.items()]

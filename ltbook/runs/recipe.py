@@ -40,6 +40,7 @@ class Recipe(BaseModel):
     precision: Literal['fp32', 'bf16'] = 'fp32'  # of training; evaluation is always fp32
     channels_last: bool = True
     compile: bool = False
+    capture: bool = False  # steps on fixed buffers, replayed as one graph on a GPU; the same numbers, so not part of the hash
     shot_rule: str = '100/20'  # which classes are many, medium, few
     test_every: Annotated[int, Field(ge=0)] = 0  # epochs between looks at the test set, for `best_on_test`; 0 only at the end
     start: str | None = None  # run whose first stage is taken over, as dataset/method/seed-hash
@@ -70,8 +71,8 @@ class Recipe(BaseModel):
 def recipe_hash(
     recipe: Recipe,  # any recipe
 ) -> str:  # 8 hexadecimal digits
-    "Short hash of all fields but the seed and the note on the source."
-    text = json.dumps(recipe.model_dump(exclude={'seed', 'source'}), sort_keys=True)
+    "Short hash of all fields but the seed, the note on the source, and `capture`, which changes no number."
+    text = json.dumps(recipe.model_dump(exclude={'seed', 'source', 'capture'}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 # %% ../../nbs/runs/61_recipe.ipynb #ac5ffab4

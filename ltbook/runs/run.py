@@ -33,7 +33,7 @@ def make_context(
     device: str = 'auto',  # see `find_device`
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
-    method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile)
+    method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture)
     data = method.data(recipe, root)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)

@@ -30,11 +30,12 @@ PRECISIONS = ('fp32', 'bf16')
 
 @dataclass(frozen=True)
 class Compute:
-    "Device, precision, memory layout and compilation of a training run."
+    "Device, precision, memory layout, compilation and capture of a training run."
     device: torch.device = torch.device('cpu')  # see `find_device`
     precision: str = 'fp32'  # fp32, or bf16 for the forward and backward pass of training
     channels_last: bool = True  # memory layout; faster on CPU and GPU, same numbers up to rounding
     compile: bool = False  # torch.compile; pays only for long runs
+    capture: bool = False  # steps on fixed buffers, on a GPU replayed as one graph; see `ltbook.train.captured`
 
     def __post_init__(self): one_of(self.precision, PRECISIONS, 'precision')
 

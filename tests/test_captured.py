@@ -1,0 +1,261 @@
+"The captured step is the ordinary step: same numbers, nothing asked of the device, nothing that only the loop would notice"
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ltbook.data.augment import PlainView, TrainView
+from ltbook.data.checks import UserError
+from ltbook.methods.method import get_method
+from ltbook.runs.folder import run_id
+from ltbook.runs.recipe import Recipe, recipe, recipe_hash
+from ltbook.runs.run import make_context
+from ltbook.train.captured import CapturedStep, Replay, TensorSGD, can_capture, captured_step, host_questions
+from ltbook.train.compute import Compute
+from ltbook.train.loop import NonFiniteLoss, fit, train_epoch
+from ltbook.train.stage import KeepBest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1')]
+
+
+def stage_of(method, name='stage1', n=150, **changes):
+    "A stage on n digits, so that an epoch is one whole and one partial batch"
+    context = make_context(recipe(method, 'digits', profile='smoke', **dict(max_steps=None) | changes), device='cpu')
+    order = np.random.default_rng(0).permutation(len(context.train))
+    first = np.unique(context.train.labels.numpy()[order], return_index=True)[1]           # every class is there
+    keep = np.r_[order[first], np.delete(order, first)][:n]
+    context.parts['train'] = context.train.subset(torch.as_tensor(keep))
+    return get_method(method).stages[name](context)
+
+
+def values(stage, optimizer):
+    "Weights, statistics and momenta in one vector"
+    kept = [s['momentum_buffer'] for s in optimizer.state.values() if s.get('momentum_buffer') is not None]
+    return torch.cat([v.double().flatten() for v in (*stage.network.state_dict().values(), *kept)])
+
+
+def trained(method, name, capture, epochs=3, precision='fp32', **changes):
+    stage, compute = stage_of(method, name, **changes), Compute(precision=precision, capture=capture)
+    compute.prepare(stage.network)
+    optimizer, rng = stage.optimizer(), np.random.default_rng(1)
+    step = captured_step(stage, optimizer, compute)
+    assert (step is not None) == capture
+    stage.lr = lambda e: (.05, .02, .01)[e]                    # the rate must be followed, not recorded
+    losses = [train_epoch(stage, e, optimizer, rng, compute, step=step) for e in range(epochs)]
+    if step: assert len(step.plans) == 1 + (len(stage.sampler) % stage.batch_size > 0)
+    return losses, values(stage, optimizer), rng.bit_generator.state
+
+
+def same(a, b):
+    assert a[2] == b[2] and len(a[1]) == len(b[1])
+    np.testing.assert_allclose(a[0], b[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(a[1], b[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('method, name', STAGES, ids=['-'.join(s) for s in STAGES])
+def test_same_as_the_loop(method, name):
+    "Whole and partial batches, a rate that changes, group factors, a frozen backbone with moving statistics"
+    same(trained(method, name, False), trained(method, name, True))
+
+
+def test_same_in_bf16_with_nesterov():
+    changes = dict(nesterov=True, weight_decay=5e-3)
+    same(*(trained('mislas', 'stage1', c, epochs=1, precision='bf16', **changes) for c in (False, True)))
+
+
+@pytest.mark.parametrize('momentum, nesterov, decay', [(0., False, 0.), (.9, False, 2e-4), (.9, True, 5e-4), (0., False, .1), (.5, True, 0.)])
+@pytest.mark.parametrize('reference', [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=lambda r: next(iter(r)) + str(next(iter(r.values()))))
+def test_update_is_that_of_pytorch(momentum, nesterov, decay, reference):
+    "Every form of torch.optim.SGD, two groups, channels-last weights, a parameter without gradient"
+    results = []
+    for ours in (False, True):
+        g = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(s, generator=g)) for s in ((7, 5), (33,), (4, 3, 2, 2), (3,))]
+        params[2].data = params[2].data.contiguous(memory_format=torch.channels_last)
+        groups = [dict(params=params[:1], lr_factor=.2), dict(params=params[1:], lr_factor=1.)]
+        optimizer = torch.optim.SGD(groups, lr=0., momentum=momentum, nesterov=nesterov, weight_decay=decay, **reference)
+        sgd = TensorSGD(optimizer) if ours else None
+        for k in range(5):
+            for p in params[:3]: p.grad = torch.randn(p.shape, generator=g).contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
+            for q in optimizer.param_groups: q['lr'] = .3/(1 + k//2)*q['lr_factor']
+            if ours: sgd.set_lr(.3/(1 + k//2))
+            (sgd or optimizer).step()
+        results.append([*params, *(optimizer.state[p].get('momentum_buffer') if momentum else None for p in params[:3])])
+    for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_momentum_goes_on():
+    "An update that begins in the middle takes over the momentum PyTorch left, and leaves it to PyTorch again"
+    results = []
+    for ours in ((), (1,), (0, 1, 2), (1, 2)):
+        w = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([w], lr=.1, momentum=.9)
+        for k in range(3):
+            w.grad = torch.arange(3.) + k
+            if k in ours: sgd = TensorSGD(optimizer); sgd.set_lr(.1); sgd.step()
+            else: optimizer.step()
+        results.append(w.detach())
+    for w in results[1:]: torch.testing.assert_close(w, results[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('method, name', STAGES, ids=['-'.join(s) for s in STAGES])
+def test_arithmetic_asks_nothing(method, name, monkeypatch):
+    "No value is read back, no size depends on values, no number comes from Python; also in the backward pass"
+    stage = stage_of(method, name)
+    Compute().prepare(stage.network)
+    step = CapturedStep(stage, stage.optimizer(), Compute(capture=True))
+    stage.set_mode(stage.network)
+    step(*stage.view.plan(stage.sampler.epoch()[:16], np.random.default_rng(0)), .1)
+    before, plan = values(stage, step.sgd.optimizer), step.plans[16]
+    def asked(*a, **k): raise AssertionError('the device was asked for a value')
+    for k in ('item', 'cpu', 'tolist', 'numpy', 'nonzero', '__bool__', '__float__', '__int__', '__index__'): monkeypatch.setattr(torch.Tensor, k, asked)
+    questions = host_questions(lambda: step.arithmetic(plan))
+    monkeypatch.undo()
+    assert questions == [] and not torch.equal(values(stage, step.sgd.optimizer), before)
+
+
+def test_questions_are_noticed():
+    "In the loss, and in the backward pass"
+    class Peek(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x*2
+
+        @staticmethod
+        def backward(ctx, g): return g*g.sum().item()
+
+    stage = stage_of('cross_entropy')
+    plain = stage.loss
+    for loss in (lambda z, b: plain(z, b)*float(z.detach().sum()), lambda z, b: Peek.apply(plain(z, b))):
+        stage.loss = loss
+        step = CapturedStep(stage, stage.optimizer(), Compute())
+        step(*stage.view.plan(np.arange(4), np.random.default_rng(0)), .1)
+        assert host_questions(lambda: step.arithmetic(step.plans[4])) == ['_local_scalar_dense']
+
+
+def test_arithmetic_reads_only_the_buffers():
+    "What stands in plan, lambda and rate when it is called decides; earlier arguments don't"
+    stage = stage_of('mislas')
+    step, rng = CapturedStep(stage, stage.optimizer(), Compute()), np.random.default_rng(0)
+    plans = [stage.view.plan(np.arange(8) + k, rng) for k in (0, 50)]
+    step(*plans[0], 0.)
+    first, weights = step.loss.item(), values(stage, step.sgd.optimizer)[:100].clone()
+    addresses = step.plans[8].data_ptr(), step.lam.data_ptr(), step.loss.data_ptr(), [r.data_ptr() for r in step.sgd.rates.values()]
+    step.plans[8].copy_(plans[1][0]); step.lam.copy_(plans[1][1])
+    step.arithmetic(step.plans[8])
+    by_hand = step.loss.item()
+    assert step(*plans[1], 0.).item() == pytest.approx(by_hand, abs=1e-6) and by_hand != first       # rate 0: the weights stay
+    assert torch.equal(values(stage, step.sgd.optimizer)[:100], weights)
+    assert addresses == (step.plans[8].data_ptr(), step.lam.data_ptr(), step.loss.data_ptr(), [r.data_ptr() for r in step.sgd.rates.values()])
+
+
+def test_who_fits():
+    stage = stage_of('cross_entropy')
+    assert can_capture(stage) and isinstance(stage.view, TrainView)
+    assert can_capture(replace(stage, state=dict(best=KeepBest(stage.network, lambda: 0.))))
+    not_these = [replace(stage, before_step=lambda b, lr: b), replace(stage, state=dict(count=object())),
+                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__new__(PlainView)), stage_of('ride')]
+    assert not any(map(can_capture, not_these))
+    for s in not_these:
+        assert captured_step(s, None, Compute(capture=True)) is None
+        with pytest.raises(UserError, match='cannot be captured'): CapturedStep(s, None, Compute())
+    with pytest.raises(UserError, match='dampening'): TensorSGD(torch.optim.SGD(stage.network.parameters(), lr=.1, momentum=.9, dampening=.1))
+
+
+def test_fit_falls_back():
+    "A stage that doesn't fit is trained the ordinary way, with the same bits"
+    results = []
+    for capture in (False, True):
+        stage = stage_of('ride', n=64, batch_size=64, epochs=1)
+        rows, _ = fit(stage, Compute(capture=capture))
+        results.append(rows[0]['loss'])
+    assert results[0] == results[1]
+
+
+def test_killed_and_resumed_while_captured(tmp_path):
+    "The same bits as at once; and a run may be begun without capture and end with it"
+    class Killed(Exception): pass
+    def kill(row): raise Killed
+    make = lambda: stage_of('mislas', n=64, batch_size=40, epochs=2)
+    whole = make()
+    rows, _ = fit(whole, Compute(capture=True))
+    for first in (True, False):
+        folder = tmp_path/str(first)
+        folder.mkdir()
+        with pytest.raises(Killed): fit(make(), Compute(capture=first), folder, report=kill)
+        again = make()
+        more, _ = fit(again, Compute(capture=True), folder)
+        assert [r['loss'] for r in more] == pytest.approx([r['loss'] for r in rows], abs=1e-6)
+        for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values()): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_bad_loss_is_noticed():
+    stage = stage_of('cross_entropy', n=64, batch_size=32)
+    stage.loss = lambda z, b: z.sum()*float('nan')
+    with pytest.raises(NonFiniteLoss, match='batch 1'): fit(stage, Compute(capture=True))
+
+
+class FakeCuda:
+    "Stands for torch.cuda: while it records, launches are noted and not executed, as on a GPU"
+    def __init__(self): self.tape, self.streams, self.pools = None, [], []
+    def Stream(self): return Waiting('side', self)
+    def current_stream(self): return Waiting('main', self)
+    def synchronize(self): self.streams.append('synchronize')
+    def CUDAGraph(self): return Tape()
+
+    @contextmanager
+    def stream(self, s): self.streams.append(f'on {s.name}'); yield; self.streams.append(f'off {s.name}')
+
+    @contextmanager
+    def graph(self, graph, pool=None): self.tape = graph; self.pools.append(pool); yield; self.tape = None
+    def launch(self, f): self.tape.calls.append(f) if self.tape else f()
+
+
+class Tape:
+    def __init__(self): self.calls = []
+    def replay(self): [f() for f in self.calls]
+
+
+class Waiting:
+    def __init__(self, name, cuda): self.name, self.cuda = name, cuda
+    def wait_stream(self, other): self.cuda.streams.append(f'{self.name} waits for {other.name}')
+
+
+@pytest.mark.parametrize('warm_up', [0, 1, 3])
+def test_every_call_is_one_step(warm_up):
+    "Warm-up runs are steps, recording is none, a replay is one"
+    cuda, done, python = FakeCuda(), [], []
+    step = Replay(lambda: (python.append(1), cuda.launch(lambda: done.append(1))), warm_up, pool='shared', cuda=cuda)
+    for n in range(1, 7):
+        step()
+        assert len(done) == n
+    assert len(python) == warm_up + 1 and cuda.pools == ['shared']                # Python runs no more once it is recorded
+    assert cuda.streams == ['side waits for main', 'on side', 'off side', 'main waits for side']*warm_up + ['synchronize']
+
+
+def test_a_failed_recording_is_not_replayed():
+    cuda = FakeCuda()
+    def fails(): raise RuntimeError('operation not permitted when stream is capturing')
+    step = Replay(fails, 0, cuda=cuda)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='capturing'): step()
+    assert step.graph is None
+
+
+def test_capture_leaves_the_hash_alone():
+    "Folders that were named before there was capture keep their names"
+    r = recipe('mislas', 'digits')
+    assert recipe_hash(r) == recipe_hash(recipe('mislas', 'digits', capture=True)) and not r.capture
+    assert make_context(recipe('mislas', 'digits', profile='smoke', capture=True), device='cpu').compute.capture
+    checked = 0
+    for file in (ROOT/'outputs').rglob('recipe.json'):
+        known = json.loads(file.read_text())
+        if 'capture' in known: continue
+        assert run_id(Recipe(**known)).split('/')[-1] == file.parent.name, file.parent.name
+        checked += 1
+    assert checked or not list((ROOT/'outputs').rglob('recipe.json'))

@@ -9,6 +9,7 @@ __all__ = ['SHAPES', 'smoothing_strength', 'label_aware_smoothing']
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from ..data.checks import UserError, one_of
+from .cross_entropy import reduced
 
 # %% ../../nbs/losses/22_smoothing.ipynb #63e3f061
 SHAPES = {
@@ -48,4 +49,4 @@ def label_aware_smoothing(
     if one_of(target, ('code', 'paper'), 'smoothing target') == 'paper': eps = eps * logits.shape[1]/(logits.shape[1] - 1)
     log_p = F.log_softmax(logits, dim=1)
     loss = -(1 - eps)*log_p.gather(1, y[:, None])[:, 0] - eps*log_p.mean(1)
-    return loss.mean() if reduction == 'mean' else loss
+    return reduced(loss, reduction)

@@ -18,7 +18,7 @@ from ..data.images import ImageData
 from ..losses.dirichlet import DirichletPool, component_means, dirmixe_loss
 from .method import Context, Method, Published, get_method, register
 from .sade import ExpertSettings, expert_network, expert_stage
-from ..train.bench import MEAN, STD, noise_images, take_turns
+from ..train.bench import MEAN, STD, noise_images, stage_step, take_turns
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/57_dirmixe.ipynb #939a0036
@@ -94,19 +94,7 @@ def step_rates(
                             head='linear' if name == names[0] else 'cosine', settings=m.settings())
         c = Context(r, info, dict(train=data, test=data), None)
         c.network = c.compute.prepare(m.network(c)).train()
-        stage = next(iter(m.stages.values()))(c)
-        steps[name] = lambda s=stage, o=stage.optimizer(), g=np.random.default_rng(0), i=stage.sampler.epoch()[:r.batch_size]: _step(s, o, g, i)
+        steps[name] = stage_step(next(iter(m.stages.values()))(c))
     speeds = take_turns(steps, seconds, turns)
     plain = median(speeds[names[0]])
     return [dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=plain/median(v)) for k, v in speeds.items()]
-
-def _step(stage: Stage, optimizer: torch.optim.Optimizer, rng: np.random.Generator, index: np.ndarray) -> int:
-    "One step as the training loop does it."
-    batch = stage.view(index, rng)
-    if stage.before_step: batch = stage.before_step(batch, .1)
-    loss = stage.loss(stage.forward(stage.network, batch), batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    loss.item()
-    return len(index)

@@ -132,6 +132,14 @@ def plot_contrast(
 # %% ../../nbs/plots/78_difficulty.ipynb #d8755a55
 NORMS = dict(driver_gradient='driver', meta_gradient='look ahead')
 
+def _grey_axis(ax: Axes, label: str) -> Axes:
+    "A second scale on the right, in the background."
+    right = ax.twinx()
+    right.spines[['top', 'left']].set_visible(False)
+    right.set_ylabel(label, color='0.5')
+    right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
+    return right
+
 def plot_gradients(
     history: pd.DataFrame,  # a row an epoch; driver_gradient, meta_gradient (norms) and, where there is one, gradient_cosine
     ax: Axes | None = None,  # axes to use; None makes a new figure
@@ -147,12 +155,9 @@ def plot_gradients(
     ax.set(xlabel='epoch', ylabel='norm of the gradient', xlim=(0.5, len(history) + 0.5))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if 'gradient_cosine' in history and history.gradient_cosine.notna().any():
-        right = ax.twinx()
+        right = _grey_axis(ax, 'cosine')
         right.plot(x, history.gradient_cosine, color='0.6', linewidth=1)
-        right.spines[['top', 'left']].set_visible(False)
         right.set(ylim=(-1.05, 1.05))
-        right.set_ylabel('cosine', color='0.5')
-        right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
     ax.legend(loc='best', fontsize='small', framealpha=0.7, edgecolor='none', handlelength=1.2)
     return ax
 
@@ -188,11 +193,8 @@ def plot_scales(
     ax.set(xlabel='training images', ylabel='scale')
     _log_counts(ax)
     if smoothing is not None:
-        right, order = ax.twinx(), np.argsort(counts)
+        right, order = _grey_axis(ax, r'smoothing $\varepsilon_c$'), np.argsort(counts)
         right.plot(np.asarray(counts)[order], np.asarray(smoothing)[order], color='0.6', linewidth=1.3)
-        right.spines[['top', 'left']].set_visible(False)
         right.set(ylim=(0, None))
-        right.set_ylabel(r'smoothing $\varepsilon_c$', color='0.5')
-        right.tick_params(color='0.6', labelcolor='0.5', labelsize='small')
     ax.legend(loc='best', fontsize='small', framealpha=0.7, edgecolor='none', handletextpad=0.2)
     return ax

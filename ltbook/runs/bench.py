@@ -24,6 +24,7 @@ from . import bench_testing as testing, bench_training as training
 from .bench_training import NotRun, not_run
 from .folder import find_outputs
 from .run import git_state
+from .seeds import cores
 from ..train.bench import MEAN, STD, noise_images, rate, take_turns
 from ..train.files import write_atomic, write_json
 from ..train.loop import predict
@@ -163,7 +164,7 @@ def surroundings() -> dict:  # device, cores, threads, load, versions, commit, d
         try: versions[p] = version(p)
         except PackageNotFoundError: versions[p] = None
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-    return dict(device=device_name(), cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), threads=torch.get_num_threads(),
+    return dict(device=device_name(), cores=cores(), threads=torch.get_num_threads(),
                 load_before=load, versions=versions, **git_state(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 # %% ../../nbs/runs/691_bench.ipynb #b51505a6

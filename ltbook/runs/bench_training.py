@@ -20,7 +20,7 @@ from ..methods.dlsa import DlsaSettings, flow_stage
 from ..methods.method import Context
 from ..models.resnet_cifar import ResNet32
 from ..data.augment import PlainView
-from ..train.bilevel import bilevel_steps, step_seconds
+from ..train.bilevel import bilevel_steps
 from ..train.bench import MEAN, STD, child_env, noise_images, stage_step, take_turns, train_rates, training_loops, two_run_rates
 
 # %% ../../nbs/runs/690_bench_training.ipynb #29431b2b
@@ -82,7 +82,7 @@ def bilevel_row(
     data, net = noise_images(n + meta), ResNet32(100).to(memory_format=torch.channels_last).train()
     view = PlainView(data, MEAN, STD)
     steps = bilevel_steps(net, view(np.arange(n)), view(np.arange(n, n + meta)))
-    ms = {k: [1000*s for s in v] for k, v in step_seconds(steps, max(1, min(5, int(seconds/2)))).items()}
+    ms = {k: [1000/r for r in v] for k, v in take_turns(steps, 0, turns=max(1, min(5, int(seconds/2))), warm=1).items()}      # one step a turn
     return versus(ms['plain'], ms['bilevel'], 'lower', baseline_is='one plain step', batch=n, meta=meta, twice_ms=median(ms['bilevel_reference']))
 
 # %% ../../nbs/runs/690_bench_training.ipynb #f122fe14

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..data.checks import UserError, one_of
 from ..methods.method import get_method
 from .folder import Run, run_id
-from .recipe import WORDS, Recipe, recipe
+from .recipe import UNHASHED, WORDS, Recipe, recipe
 
 # %% ../../nbs/runs/694_sweep.ipynb #f16916f5
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def listing(
     return [(str(r.number), r.name, 'finished' if r.finished else 'not run', run_id(r.recipe)) for r in rows]
 
 # %% ../../nbs/runs/694_sweep.ipynb #1a7d0363
-FREE = ('epochs', 'seed', 'precision', 'meta_precision', 'channels_last', 'compile', 'test_every', 'shot_rule', 'source')
+FREE = (*UNHASHED, 'epochs', 'precision', 'meta_precision', 'channels_last', 'compile', 'test_every', 'shot_rule')
 
 def flat(
     recipe: Recipe,  # any

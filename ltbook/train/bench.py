@@ -20,6 +20,7 @@ from ..data.stores import ImageSet
 from ..losses.cross_entropy import mixed_cross_entropy
 from ..models.resnet_cifar import ResNet32
 from .compute import Compute, full
+from .loop import training_step
 
 # %% ../../nbs/train/46_bench.ipynb #eec7daee
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -235,11 +236,6 @@ def stage_step(
     optimizer, rng, index, c = stage.optimizer(), np.random.default_rng(0), stage.sampler.epoch()[:stage.batch_size], Compute(precision=precision)
     for g in optimizer.param_groups: g['lr'] = 0.01
     def step() -> int:
-        batch = stage.view(index, rng)
-        if stage.before_step: batch = stage.before_step(batch, 0.01)
-        with c.autocast(): out = stage.forward(stage.network, batch)
-        loss = stage.loss(full(out), batch)
-        optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
-        loss.item()
+        training_step(stage, stage.view(index, rng), 0.01, optimizer, c).item()
         return len(index)
     return step

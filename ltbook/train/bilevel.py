@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['no_running_statistics', 'lean_tangents', 'plain_cross_entropy', 'meta_gradient_reference', 'meta_gradient',
-           'step_seconds', 'bilevel_steps']
+           'bilevel_steps']
 
 # %% ../../nbs/train/40_bilevel.ipynb #79f3fd62
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-import time, warnings
+import warnings
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
@@ -115,30 +115,20 @@ def meta_gradient(
     return torch.zeros_like(w).index_add_(0, y, u.to(w))*(-lr/len(y)), m.detach()
 
 # %% ../../nbs/train/40_bilevel.ipynb #304a8501
-def step_seconds(
-    steps: dict[str, Callable[[], object]],  # name -> one step
-    turns: int = 5,
-) -> dict[str, list[float]]:  # name -> seconds of every turn
-    "Time several steps alternately, after one each to warm up."
-    out = {name: [] for name in steps}
-    for step in steps.values(): step()
-    for _ in range(turns):
-        for name, step in steps.items():
-            began = time.perf_counter(); step(); out[name].append(time.perf_counter() - began)
-    return out
-
 def bilevel_steps(
     network: nn.Module,  # trained in place
     batch: dict,  # x, y
     meta: dict,  # x, y
     n_classes: int = 100,  # C
-) -> dict[str, Callable[[], object]]:  # plain, bilevel, bilevel by differentiating twice
+) -> dict[str, Callable[[], int]]:  # each returns 1, for counting: plain, bilevel, bilevel by differentiating twice
     "Three kinds of training steps, to be timed."
     optimizer, w = torch.optim.SGD(network.parameters(), .01, .9), torch.ones(n_classes)
-    def plain():
+    def plain() -> int:
         optimizer.zero_grad(set_to_none=True)
         (w[batch['y']]*plain_cross_entropy(network(batch['x']), batch['y'])).mean().backward()
         optimizer.step()
-    def with_gradient(f):
-        f(network, batch, meta, w, .01); plain()
+        return 1
+    def with_gradient(f) -> int:
+        f(network, batch, meta, w, .01)
+        return plain()
     return dict(plain=plain, bilevel=lambda: with_gradient(meta_gradient), bilevel_reference=lambda: with_gradient(meta_gradient_reference))

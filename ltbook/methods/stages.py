@@ -15,7 +15,7 @@ from ..data.checks import UserError
 from ..data.sampling import ClassAwareSampler, InstanceBalanced
 from ..losses.cross_entropy import mixed_cross_entropy
 from .method import Context
-from ..train.schedule import SCHEDULES
+from ..train.schedule import SCHEDULES, growing_side
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/51_stages.ipynb #e1485884
@@ -38,7 +38,9 @@ def representation_stage(
     "Instance-balanced training of the whole network under the recipe's optimiser and schedule."
     r = context.recipe
     if mixup_alpha < 0: raise UserError(f'mixup_alpha must be 0 (no mixup) or larger, got {mixup_alpha}.')
-    return Stage(name, context.network, InstanceBalanced(context.train.labels, seed=r.seed), view or train_view(context, mixup_alpha), loss,
+    view = view or train_view(context, mixup_alpha)
+    def grow(epoch): view.side = growing_side(epoch, r.epochs, r.first_side, view.size)
+    return Stage(name, context.network, InstanceBalanced(context.train.labels, seed=r.seed), view, loss, before_epoch=grow if r.first_side else None,
                  lr=lambda e: SCHEDULES[r.schedule](e, r.epochs, r.lr), epochs=r.epochs, batch_size=r.batch_size, steps=r.max_steps,
                  momentum=r.momentum, nesterov=r.nesterov, weight_decay=r.weight_decay, seed=r.seed)
 

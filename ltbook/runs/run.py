@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 import h5py, numpy as np, torch
 from ..data.checks import UserError
+from ..data.meta_set import held_out
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
 from ..methods.method import Context, Method, get_method
@@ -35,11 +36,14 @@ def make_context(
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
     method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture)
     data = method.data(recipe, root)
+    if recipe.hold_out: data = held_out(data, recipe.hold_out)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
     context.network = method.network(context)
     method.check(context)
-    next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
+    first = next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
+    if recipe.first_side and not (first and first.before_epoch): raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')
+    if recipe.hold_out: context.notes['test_part'] = f'not the test set: the last {recipe.hold_out} train images of every class, held out'
     return context
 
 # %% ../../nbs/runs/63_run.ipynb #cddf34ed
@@ -187,7 +191,7 @@ def _installed() -> bool:
     except ModuleNotFoundError: return False
 
 # %% ../../nbs/runs/63_run.ipynb #3c32b971
-STAGE1_FIELDS = ('long_tail', 'data_seed', 'seed', 'epochs', 'batch_size', 'lr', 'momentum', 'nesterov', 'weight_decay', 'schedule', 'max_steps', 'head', 'precision')
+STAGE1_FIELDS = ('long_tail', 'data_seed', 'seed', 'epochs', 'batch_size', 'lr', 'momentum', 'nesterov', 'weight_decay', 'schedule', 'max_steps', 'head', 'precision', 'first_side', 'hold_out')
 
 def recipe_from(
     start: Run,  # finished, with weights of its stage 1

@@ -125,14 +125,14 @@ class CapturedStep:
         self.sgd.step()
         self.loss.copy_(loss.detach())
 
-    def _buffer(self, plan: Tensor) -> Tensor:
-        "Where plans of this size lie; made, with its step, when the size is new."
-        size = plan.shape[1]
-        if size not in self.plans:
-            buffer = self.plans[size] = torch.empty_like(plan, device=self.compute.device)
-            run = lambda: self.arithmetic(buffer)
-            self.steps[size] = Replay(run, pool=self.pool) if self.on_gpu else run
-        return self.plans[size]
+    def _prepared(self, plan: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        "Where plans of this size lie, and the step that reads them; made when the size of the batch or of its images is new."
+        size, side = plan.shape[1], getattr(self.stage.view, 'side', None)
+        if size not in self.plans: self.plans[size] = torch.empty_like(plan, device=self.compute.device)
+        if (size, side) not in self.steps:
+            run = lambda: self.arithmetic(self.plans[size])
+            self.steps[size, side] = Replay(run, pool=self.pool) if self.on_gpu else run
+        return self.plans[size], self.steps[size, side]
 
     def __call__(
         self,
@@ -142,10 +142,11 @@ class CapturedStep:
     ) -> Tensor:  # the loss (), on the device; the next call overwrites it
         "One step."
         send = (lambda t: t.pin_memory()) if self.on_gpu else (lambda t: t)
-        self._buffer(plan).copy_(send(plan), non_blocking=True)
+        buffer, step = self._prepared(plan)
+        buffer.copy_(send(plan), non_blocking=True)
         self.lam.copy_(send(lam), non_blocking=True)
         self.sgd.set_lr(lr)
-        self.steps[plan.shape[1]]()
+        step()
         return self.loss
 
 # %% ../../nbs/train/401_captured_step.ipynb #7e236a68

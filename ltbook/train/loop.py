@@ -62,6 +62,7 @@ def train_epoch(
 ) -> tuple[float, int]:  # mean loss of the batches, images seen
     "Train one epoch in place. Raises `NonFiniteLoss`."
     stage.set_mode(stage.network)
+    if stage.before_epoch: stage.before_epoch(epoch)
     lr = stage.lr(epoch)
     for g in optimizer.param_groups: g['lr'] = lr*g['lr_factor']
     order, size, n = stage.sampler.epoch(), stage.batch_size, stage.n_batches

@@ -43,6 +43,7 @@ class Stage:
     steps: int | None = None  # cut an epoch after so many batches
     seed: int = 0  # of the views' generator
     set_mode: Callable[[nn.Module], None] = nn.Module.train  # called at the start of every epoch
+    before_epoch: Callable[[int], None] | None = None  # called with every epoch from 0, before its first batch
     before_step: Callable[[dict, float], dict] | None = None  # (batch, lr) -> batch, for example with weights added
     after_epoch: Callable[[int], dict] | None = None  # epoch -> what to log: numbers, or tensors (curves)
     state: dict[str, object] = field(default_factory=dict)  # more things to save and resume: name -> object with state_dict / load_state_dict

@@ -8,6 +8,7 @@ __all__ = ['balanced', 'stage1']
 # %% ../../nbs/methods/55_balanced_softmax.ipynb #543ac3dd
 import torch
 from ..losses.cross_entropy import balanced_softmax
+from .fast import fast_rows
 from .method import Context, Method, Published, Settings, register
 from .stages import representation_stage
 from ..train.stage import Stage
@@ -25,4 +26,4 @@ balanced = register(Method(
     'balanced_softmax', 'cross-entropy with the class prior in the logits', 'Ren et al., NeurIPS 2020, arXiv 2007.10740', dict(stage1=stage1),
     recipes=(*(Published(d, i, {}, 'ltbook: the recipe of MiSLAS stage 1 with another loss') for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
              Published('digits', None, dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits')),
-    printed=dict(stage1=('SADE', 'Balanced Softmax'))))
+    fast={}, sweeps=dict(fast=lambda: fast_rows('balanced_softmax')), printed=dict(stage1=('SADE', 'Balanced Softmax'))))

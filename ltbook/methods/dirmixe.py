@@ -90,7 +90,7 @@ def step_rates(
     info = ImageData('noise', data, data, MEAN, STD, 4, True, None, 'noise')
     for name in names:
         m = get_method(name)
-        r = SimpleNamespace(seed=0, epochs=200, batch_size=min(128, len(data)//4), lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4, schedule='step', max_steps=None,
+        r = SimpleNamespace(seed=0, epochs=200, batch_size=min(128, len(data)//4), lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4, schedule='step', max_steps=None, first_side=None,
                             head='linear' if name == names[0] else 'cosine', settings=m.settings())
         c = Context(r, info, dict(train=data, test=data), None)
         c.network = c.compute.prepare(m.network(c)).train()

@@ -114,6 +114,7 @@ class Method:
     recipes: tuple[Published, ...] = ()
     short: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `short`
     smoke: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `smoke`
+    fast: dict[str, Any] | None = None  # further changes of the profile `fast`; None: nobody has shown what it does to this method, so there is none
     data: Callable[[Any, Any], ImageData] = standard_data  # (recipe, root) -> whole data set
     split: Callable[[Any, ImageData], tuple[dict[str, ImageSet], LongTail]] = standard_split
     network: Callable[[Context], nn.Module] = standard_network

@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'mislas', 'MislasSettings', 'stage1', 'strength', 'stage2'
 from typing import Literal
 from torch import nn
 from ..losses.smoothing import label_aware_smoothing, smoothing_strength
+from .fast import fast_rows
 from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
 from .stages import classifier_stage, representation_stage
 from ..models.heads import ScaledHead
@@ -75,4 +76,4 @@ RECIPES = (
 
 # %% ../../nbs/methods/52_mislas.ipynb #576cb905
 mislas = register(Method('mislas', 'mixup, label-aware smoothing, shifted BatchNorm', 'Zhong et al., CVPR 2021, arXiv 2104.00466', dict(stage1=stage1, stage2=stage2),
-                         MislasSettings, RECIPES, smoke=dict(stage2_epochs=1), check=strength, printed=dict(stage1=('MiSLAS', 'CE+mixup'), stage2=('MiSLAS', 'MiSLAS'))))
+                         MislasSettings, RECIPES, smoke=dict(stage2_epochs=1), fast={}, sweeps=dict(fast=lambda: fast_rows('mislas')), check=strength, printed=dict(stage1=('MiSLAS', 'CE+mixup'), stage2=('MiSLAS', 'MiSLAS'))))

@@ -44,7 +44,7 @@ def expert_stage(
     "Instance-balanced training of all experts under the recipe's optimiser and schedule."
     i, s = context.info, context.settings
     view = TrainView(context.train, i.mean, i.std, i.pad, i.flip, rotation=s.rotation)
-    return replace(representation_stage(context), view=view, loss=loss, predict=lambda network, x: network(x))
+    return replace(representation_stage(context, loss, view=view), predict=lambda network, x: network(x))
 
 # %% ../../nbs/methods/56_sade.ipynb #6a7043e7
 class SadeSettings(ExpertSettings):

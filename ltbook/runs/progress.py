@@ -87,7 +87,7 @@ def result_table(
     sizes = '/'.join(str(v) for v in p['group_sizes'].values())
     best = any((run.metrics[s].get('best_on_test') for s in run.stages))
     table = Table(title=f'{r.method} on {r.dataset}, imbalance {r.imbalance or "as it is"}, profile {r.profile}, seed {r.seed}', title_justify='left',
-                  caption=f'percent; epoch: {p.get("selection", "last")}; {p["n_test"]} test images; shot groups {p["shot_rule"]}: {sizes} classes', caption_justify='left')
+                  caption=f'percent; epoch: {p.get("selection", "last")}; {p["n_test"]} {"held-out train" if r.hold_out else "test"} images; shot groups {p["shot_rule"]}: {sizes} classes', caption_justify='left')
     for name in ('stage', *COLUMNS.values(), *(['best_on_test'] if best else [])): table.add_column(name, justify='left' if name == 'stage' else 'right')
     for s in run.stages:
         m = run.metrics[s]

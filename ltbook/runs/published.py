@@ -26,9 +26,10 @@ def published() -> pd.DataFrame:  # paper, method, stage, dataset, imbalance (na
 def printed_for(
     run: Run,  # finished
     stage: str,  # 'stage1', ...
-) -> pd.DataFrame:  # rows of `published`; empty if nothing was printed for this method, data set and imbalance
+) -> pd.DataFrame:  # rows of `published`; empty if nothing was printed for this method, data set and imbalance, or the run held its test images out of the train part
     "Printed numbers for the same method, data set and imbalance on the balanced test set."
     t, r = published(), run.recipe
+    if r.hold_out: return t[:0]
     paper, name = get_method(r.method).printed.get(stage, ('', ''))
     return t[(t.paper == paper) & (t.method == name) & (t.dataset == NAMES.get(r.dataset)) & (t.imbalance == r.imbalance) & (t.test_distribution == 'uniform')]
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from ..data.checks import UserError
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
-from ..methods.method import Method, Published, Settings, get_method
+from ..methods.fast import FAST
+from ..methods.method import Method, Published, Settings, get_method, methods
 from ..train.schedule import SCHEDULES
 
 # %% ../../nbs/runs/61_recipe.ipynb #f5b66704
@@ -97,13 +98,13 @@ def published_row(
 
 # %% ../../nbs/runs/61_recipe.ipynb #2ca22e21
 WORDS = ('method', 'dataset', 'imbalance', 'profile', 'source')  # given apart, never as a change
-PROFILES = {'paper': {}, 'short': dict(epochs=40), 'smoke': dict(epochs=2, max_steps=2)}
+PROFILES = {'paper': {}, 'short': dict(epochs=40), 'fast': FAST, 'smoke': dict(epochs=2, max_steps=2)}
 
 def recipe(
     method: str,  # name of a method
     dataset: str = 'digits',  # name of a data set
     imbalance: float | None = None,  # None: the usual one of the data set (digits 20, CIFAR 100, one's own as it is)
-    profile: str = 'short',  # paper | short | smoke
+    profile: str = 'short',  # paper | short | fast | smoke
     **changes: Any,  # fields of the recipe or settings of the method
 ) -> Recipe:  # validated
     "The published recipe nearest to the words, with changes. Raises `UserError` that names the right fields or types."
@@ -111,8 +112,10 @@ def recipe(
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
     elif not 1 <= imbalance < math.inf:
         raise UserError(f'The imbalance is the largest over the smallest class, a number from 1 on; got {imbalance}.')
+    if profile == 'fast' and m.fast is None:
+        raise UserError(f'{method} has no profile fast; {" and ".join(k for k, v in methods().items() if v.fast is not None)} have. Use short, or the changes of fast one by one with --set.')
     row = published_row(m, dataset, imbalance)
-    values = row.changes | PROFILES.get(profile, {}) | dict(short=m.short, smoke=m.smoke).get(profile, {}) | changes
+    values = row.changes | PROFILES.get(profile, {}) | dict(short=m.short, fast=m.fast, smoke=m.smoke).get(profile, {}) | changes
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)
     unknown = [k for k in values if k not in fields | own]
     if unknown: raise UserError(_unknown_names(unknown, m, fields, own))

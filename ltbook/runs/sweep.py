@@ -32,7 +32,7 @@ def sweep_rows(
     name: str,  # of one of them
     dataset: str = 'digits',  # name of a data set
     imbalance: float | None = None,  # largest over smallest class; None: the usual one
-    profile: str = 'short',  # paper | short | smoke
+    profile: str = 'short',  # paper | short | fast | smoke
     out: str | Path = 'outputs',  # parent of all runs
     changes: dict | None = None,  # of every recipe, such as seed or epochs; a row's own count more
 ) -> list[Row]:  # in the order of the sweep

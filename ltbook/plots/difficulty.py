@@ -104,7 +104,7 @@ def plot_weights_difficulty(
         ax.plot(np.asarray(difficulty)[order], np.asarray(w)[order], color=COLORS[i % len(COLORS)], linewidth=1.1, linestyle=('-', '--')[i % 2], label=name)
     ax.scatter(difficulty, weights, s=16, c='0.2' if counts is None else _rank_colors(counts), edgecolors='0.3', linewidths=0.3, zorder=3)
     ax.set(xlabel='$1 - A_c$', ylabel='class weight', ylim=(0, None))
-    ax.legend(loc='upper left', fontsize='small', frameon=False, handlelength=1.6, labelspacing=0.2)
+    ax.legend(loc='lower right', fontsize='small', frameon=False, handlelength=1.6, labelspacing=0.2)
     return ax
 
 # %% ../../nbs/plots/78_difficulty.ipynb #5adf025b

@@ -77,6 +77,7 @@ def run_notebook(
     folder = Path(words['out'])/run_id(recipe)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'Cannot make the run folder under {words["out"]}: {e.strerror}. Choose another place with --out.') from None
+    for left in folder.glob('.run-*.part.ipynb'): left.unlink()      # of a run that was killed
     part, over = folder/f'.run-{os.getpid()}.part.ipynb', threading.Event()
     watcher = threading.Thread(target=_watch, args=(folder, show, report, over), daemon=True)
     watcher.start()

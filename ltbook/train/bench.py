@@ -81,9 +81,11 @@ def our_batches(
     data: ImageSet,  # images on the device
     batch_size: int = 128,
     mixup: bool = True,
+    side: int | None = None,  # of the images, pixels; None is full size
 ):  # endless batches of a view
     "Batches as `TrainView` makes them."
     view, sampler, rng = TrainView(data, MEAN, STD, 4, True, mixup_alpha=float(mixup)), InstanceBalanced(data.labels), np.random.default_rng(0)
+    if side: view.side = side
     while True:
         order = sampler.epoch()
         for i in range(0, len(order) - batch_size + 1, batch_size): yield view(order[i:i + batch_size], rng)
@@ -109,6 +111,7 @@ def training_loops(
     precisions: tuple[str, ...] = ('fp32', 'bf16'),  # one of ours for each
     mixup: bool = True,
     n: int = 10_847,  # images to walk through
+    side: int | None = None,  # of the images of ours, pixels; None is full size
 ) -> dict[str, Callable[[], int]]:  # 'plain, 0 workers' or 'ltbook, bf16' -> function that trains one batch of 128
     "Training loops of ResNet-32 on the CPU, each with a network of its own."
     data, steps = noise_images(n), {}
@@ -119,7 +122,7 @@ def training_loops(
     for precision in precisions:
         c = Compute(precision=precision)
         net = c.prepare(ResNet32(100)).train()
-        steps[f'ltbook, {precision}'] = lambda n=net, o=sgd(net), b=our_batches(data, mixup=mixup), c=c: our_step(n, o, b, c)
+        steps[f'ltbook, {precision}'] = lambda n=net, o=sgd(net), b=our_batches(data, mixup=mixup, side=side), c=c: our_step(n, o, b, c)
     return steps
 
 # %% ../../nbs/train/46_bench.ipynb #e35bd18f

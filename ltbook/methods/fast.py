@@ -6,10 +6,10 @@
 __all__ = ['FAST', 'WITHOUT', 'fast_rows']
 
 # %% ../../nbs/methods/593_fast.ipynb #a340849e
-FAST = dict(epochs=80, schedule='one_cycle', lr=0.2, nesterov=True, weight_decay=2e-3, first_side=16, precision='bf16')
+FAST = dict(epochs=80, schedule='one_cycle', nesterov=True, batch_size=64, weight_decay=1e-3, first_side=16, precision='bf16')
 
 # %% ../../nbs/methods/593_fast.ipynb #79865486
-WITHOUT = {'without one-cycle': dict(schedule='step'), 'without the higher rate': dict(lr=0.1), 'without Nesterov': dict(nesterov=False),
+WITHOUT = {'without one-cycle': dict(schedule='step'), 'without Nesterov': dict(nesterov=False), 'without small batches': dict(batch_size=128),
            'without more decay': dict(weight_decay=2e-4), 'without small images': dict(first_side=None), 'without bf16': dict(precision='fp32')}
 
 def fast_rows(

@@ -76,4 +76,4 @@ RECIPES = (
 
 # %% ../../nbs/methods/52_mislas.ipynb #576cb905
 mislas = register(Method('mislas', 'mixup, label-aware smoothing, shifted BatchNorm', 'Zhong et al., CVPR 2021, arXiv 2104.00466', dict(stage1=stage1, stage2=stage2),
-                         MislasSettings, RECIPES, smoke=dict(stage2_epochs=1), fast={}, sweeps=dict(fast=lambda: fast_rows('mislas')), check=strength, printed=dict(stage1=('MiSLAS', 'CE+mixup'), stage2=('MiSLAS', 'MiSLAS'))))
+                         MislasSettings, RECIPES, smoke=dict(stage2_epochs=1), fast=dict(stage2_lr=0.05), sweeps=dict(fast=lambda: fast_rows('mislas')), check=strength, printed=dict(stage1=('MiSLAS', 'CE+mixup'), stage2=('MiSLAS', 'MiSLAS'))))

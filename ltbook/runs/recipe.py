@@ -42,7 +42,7 @@ class Recipe(BaseModel):
     channels_last: bool = True
     compile: bool = False
     capture: bool = False  # steps on fixed buffers, replayed as one graph on a GPU; the same numbers, so not part of the hash
-    first_side: Annotated[int, Field(ge=4)] | None = None  # side of the images at the start, pixels, for stages whose images grow; None is full size throughout
+    first_side: Annotated[int, Field(ge=4, multiple_of=4)] | None = None  # side of the images at the start, pixels, for stages whose images grow; images that are no larger keep theirs; None is full size throughout
     hold_out: Annotated[int, Field(ge=0)] = 0  # the last images of every train class that stand in for the test part, to choose settings by; 0 for the test part itself
     shot_rule: str = '100/20'  # which classes are many, medium, few
     test_every: Annotated[int, Field(ge=0)] = 0  # epochs between looks at the test set, for `best_on_test`; 0 only at the end

@@ -38,7 +38,7 @@ def evidence(
     ours = float(np.mean([r.metrics['final']['top1'] for r in fast]))
     if paper:
         tops = [r.metrics['final']['top1'] for r in paper]
-        goal, slack, what = float(np.mean(tops)), float(np.std(tops, ddof=1)) if len(tops) > 1 else 0., f'{len(tops)} runs of the profile paper'
+        goal, slack, what = float(np.mean(tops)), float(np.std(tops, ddof=1)) if len(tops) > 1 else 0., f'own runs of the profile paper: {len(tops)}'
     else:
         printed = beside_the_paper(fast[0])
         printed = printed[printed.measure == 'top1'] if len(printed) else printed

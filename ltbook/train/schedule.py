@@ -65,4 +65,4 @@ def growing_side(
 ) -> int:  # side of this epoch's images, pixels
     "Small images first, full ones at the end."
     grown = min(max((epoch/epochs - wait)/(until - wait), 0), 1)
-    return min(full, first + round(grown*(full - first)/4)*4) if first < full and epoch < until*epochs else full
+    return min(full, first + round(grown*(full - first)/4)*4) if first < full and epoch < min(until*epochs, epochs - 1) else full

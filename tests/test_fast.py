@@ -4,18 +4,22 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ltbook.data.checks import UserError
+from ltbook.methods.fast import fast_rows
 from ltbook.methods.method import get_method, methods
+from ltbook.runs.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
+from ltbook.runs.fusion import unused_images
 from ltbook.runs.published import beside_the_paper
 from ltbook.runs.recipe import Recipe, recipe
-from ltbook.runs.run import make_context, run
-from ltbook.runs.sweep import sweep_rows
+from ltbook.runs.run import command, make_context, recipe_from, run
+from ltbook.runs.sweep import is_row, sweep_rows
 from ltbook.train.captured import captured_step
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch
@@ -99,8 +103,36 @@ def test_a_search_never_sees_the_test_part(tmp_path):
     assert beside_the_paper(found).empty
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert find_runs(tmp_path) == [] and [r.id for r in find_runs(tmp_path, hold_out=10)] == [found.id]
+        assert find_runs(tmp_path) == [] and [r.id for r in find_runs(tmp_path, hold_out=10)] == [r.id for r in find_runs(tmp_path, hold_out=None)] == [found.id]
 
 
 def test_too_many_held_out():
-    with pytest.raises(UserError, match='too few to put'): make_context(recipe('balanced_softmax', hold_out=10**6), device='cpu')
+    with pytest.raises(UserError, match='use a smaller hold_out'): make_context(recipe('balanced_softmax', hold_out=10**6), device='cpu')
+
+
+def test_committed_runs_are_finished():
+    for f in sorted((ROOT/'outputs').glob('*/*/*/recipe.json')): assert (f.parent/'done.json').exists(), f.parent
+
+
+def test_the_sweep_is_of_the_profile_whatever_was_asked_for():
+    "Its rows are changes of `fast`; a run belongs to the row that it was made of and to no other"
+    rows = sweep_rows('balanced_softmax', 'fast', 'digits', profile='short')
+    assert len({r.folder for r in rows}) == 8 and {r.recipe.profile for r in rows} == {'fast'}
+    grid = fast_rows('balanced_softmax')
+    for i, row in enumerate(rows):
+        fits = [g['name'] for g in grid if is_row(g, SimpleNamespace(recipe=row.recipe))]
+        assert grid[i]['name'] in fits and (len(fits) == 1 or fits == ['all of it', 'without bf16']), (row.name, fits)         # precision is free
+
+
+def test_a_second_stage_may_follow_a_fast_first_one(tmp_path):
+    first = load_run(run(recipe('mislas', profile='fast', epochs=1, max_steps=2, stage2_epochs=1, hold_out=10), tmp_path))
+    second = recipe_from(first, 'crt')
+    assert (second.profile, second.schedule, second.first_side, second.hold_out) == ('fast', 'one_cycle', 16, 10)
+    words = command(second)
+    assert '--set' not in words and words.endswith(f'--from outputs/{first.id}')
+    with pytest.raises(UserError, match='hold_out'): recipe_from(first, 'crt', hold_out=0)
+    with pytest.raises(UserError, match='without hold_out only'): export_features(first, tmp_path/'features')
+    unused = unused_images(first)
+    known = make_context(first.recipe, device='cpu')
+    pixels = lambda images: {x.numpy().tobytes() for x in images}
+    assert len(unused) and not pixels(unused.images) & (pixels(known.parts['train'].images) | pixels(known.parts['test'].images))

@@ -63,5 +63,6 @@ def held_out(
     n: int,  # images of every class
 ) -> ImageData:  # the last n train images of every class as test part, the others as train part
     "A data set that can be searched on: its test part is left out. Raises `UserError` where a class is too small."
+    if (least := int(data.train.counts.min())) <= n: raise UserError(f'The smallest class of {data.name} has {least} train images, too few to hold {n} out and train on the rest: use a smaller hold_out.')
     t = meta_tail(data.train.labels, None, n)
     return replace(data, train=data.train.subset(np.sort(t.indices)), test=data.train.subset(t.meta))

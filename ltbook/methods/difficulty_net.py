@@ -123,7 +123,9 @@ def stage1(
     "Training under weights that are learned on the way."
     s, g, lot = context.settings, difficulty_network(context), make_lot(context)
     adam = torch.optim.Adam(g.parameters(), s.network_lr, weight_decay=s.network_decay)
-    return weighted_stage(context, DifficultyWeigher(context, g, adam, sample_loss(context, lot)), lot)
+    stage = weighted_stage(context, DifficultyWeigher(context, g, adam, sample_loss(context, lot)), lot)
+    stage.before_epoch = None      # the meta images have their full side, so the others may not grow
+    return stage
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #a1c0d002
 LAMBDAS, BASES = (0.0, 0.1, 0.3, 1.0, 3.0), ('cross_entropy', 'balanced_softmax')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NonNegative', 'Positive', 'Length', 'Settings', 'Published', 'Context', 'standard_data', 'standard_split',
-           'standard_network', 'Method', 'register', 'methods', 'get_method']
+           'standard_network', 'Method', 'register', 'methods', 'get_method', 'recipe_data']
 
 # %% ../../nbs/methods/50_method.ipynb #676f1039
 import importlib, pkgutil
@@ -17,6 +17,7 @@ from torch import nn
 from ..data.augment import PlainView
 from ..data.checks import UserError, one_of
 from ..data.images import ImageData, load_images
+from ..data.meta_set import held_out
 from ..data.profile import LongTail, long_tail
 from ..data.stores import ImageSet
 from ..models.resnet_cifar import ResNet32
@@ -121,7 +122,7 @@ class Method:
     check: Callable[[Context], None] = lambda context: None  # raises `UserError` before training for what would fail in a later stage
     printed: dict[str, tuple[str, str]] = field(default_factory=dict)  # stage -> (paper, method) under which the published table has it
     stage1_settings: dict[str, Any] = field(default_factory=lambda: dict(mixup_alpha=0.0))  # own settings that shape stage 1, with the value of runs that don't have them; None: such runs can't be taken over
-    sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # name -> rows of it, each a dict of name, method and changes of the recipe
+    sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # name -> rows of it, each a dict of name, method, changes of the recipe and, if it needs one, profile
     hidden: bool = False  # left out of lists, for examples in notebooks
 
 # %% ../../nbs/methods/50_method.ipynb #f8e775ba
@@ -149,3 +150,11 @@ def get_method(
     "Look a method up by its name."
     known = methods()
     return known[one_of(name, known, 'method')]
+
+def recipe_data(
+    recipe,  # with method, dataset and hold_out
+    root=None,  # of the data, see `data_root`; None is the default
+) -> ImageData:  # what the run may see
+    "The data set of a recipe; if it holds images out, these stand where the test part was."
+    data = get_method(recipe.method).data(recipe, root)
+    return held_out(data, recipe.hold_out) if recipe.hold_out else data

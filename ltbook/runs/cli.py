@@ -54,7 +54,7 @@ def resolve_run(
     from ltbook.runs.folder import find_runs, load_run
     for place in (Path(text), out/text):
         if (place/'recipe.json').exists(): return load_run(place)
-    known = [r.id for r in find_runs(out)]
+    known = [r.id for r in find_runs(out, hold_out=None)]
     near = get_close_matches(text, known, 3, 0.5)
     raise UserError(f'There is no run {text!r} here.' + (f' Did you mean {" or ".join(near)}?' if near else '') + ' List finished runs with: ltbook show')
 
@@ -148,10 +148,12 @@ def show_(
     from ltbook.runs.folder import find_runs
     from ltbook.runs.progress import cell
     if run: return show_run(resolve_run(run, out))
-    runs = find_runs(out)
+    runs = find_runs(out, hold_out=None)
     if not runs: return console.print(f'No finished runs in {out}. Start one with: ltbook run mislas digits')
-    _print('finished runs', ('run', 'imbalance', 'profile', 'top-1', 'few', 'ECE (15)'),
-           [(r.id, r.recipe.imbalance, r.recipe.profile, *(cell(k, r.metrics['final'][k]) for k in ('top1', 'few', 'ece15'))) for r in runs])
+    results, searches = ([r for r in runs if bool(r.recipe.hold_out) == held] for held in (False, True))
+    for title, some in (('finished runs', results), ('searches, measured on held-out train images', searches)):
+        if some: _print(title, ('run', 'imbalance', 'profile', 'top-1', 'few', 'ECE (15)'),
+                        [(r.id, r.recipe.imbalance, r.recipe.profile, *(cell(k, r.metrics['final'][k]) for k in ('top1', 'few', 'ece15'))) for r in some])
 
 # %% ../../nbs/runs/79_cli.ipynb #a1c0e002
 @app.command('sweep')
@@ -175,7 +177,7 @@ def sweep_(
     if dry_run: return
     def start(row):
         console.print(f'{row.number}. {row.name}')
-        run_(row.recipe.method, dataset, imbalance, profile, changes=[f'{k}={json.dumps(v)}' for k, v in row.changes.items()], data_root=data_root, out=out, device=device, bare=bare)
+        run_(row.recipe.method, dataset, imbalance, row.recipe.profile, changes=[f'{k}={json.dumps(v)}' for k, v in row.changes.items()], data_root=data_root, out=out, device=device, bare=bare)
     done = [what for _, what in sweep(rows, start)]
     console.print(f'{done.count("run")} run now, {done.count("finished")} finished before.')
 

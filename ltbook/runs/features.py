@@ -59,6 +59,7 @@ def export_features(
     batch_size: int = 500,  # images at once
 ) -> tuple[Path, Path]:  # feature_train.h5, feature_test.h5
     "Write the features of a run. Raises `UserError` for runs on feature files or without a single backbone."
+    if run.recipe.hold_out: raise UserError(f'The run {run.id} held train images out instead of testing: features are written of runs without hold_out only.')
     context, network = trained_network(run, stage, root, device)
     if isinstance(context.train, FeatureSet): raise UserError(f'The run {run.id} was itself trained on feature files: use those.')
     if not hasattr(network, 'features'): raise UserError(f'Stage {stage} of {run.id} has no image features: take another stage.')

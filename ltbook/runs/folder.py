@@ -79,14 +79,16 @@ def load_run(
 # %% ../../nbs/runs/62_folder.ipynb #4cca21c1
 def find_runs(
     root: str | Path = 'outputs',  # searched three levels deep
+    hold_out: int | None = 0,  # train images of every class that stood in for the test part: 0 for results, a number for searches, None for both
     **wanted,  # fields of the recipe that must be equal, e.g. dataset='cifar100'
 ) -> list[Run]:  # finished runs, sorted by name; empty if there are none
-    "All finished runs under a folder, without those that held images out for a search (`hold_out=n` finds them). One that can't be read (damaged, or of a method unknown here) is left out with a warning."
+    "All finished runs under a folder. One that can't be read (damaged, or of a method unknown here) is left out with a warning."
     runs = []
     for p in sorted(Path(root).glob('*/*/*/done.json')):
         try: runs.append(load_run(p.parent))
         except UserError as e: warnings.warn(str(e), stacklevel=2)
-    return [r for r in runs if all(getattr(r.recipe, k) == v for k, v in (dict(hold_out=0) | wanted).items())]
+    if hold_out is not None: wanted = wanted | dict(hold_out=hold_out)
+    return [r for r in runs if all(getattr(r.recipe, k) == v for k, v in wanted.items())]
 
 # %% ../../nbs/runs/62_folder.ipynb #ae15b9e8
 def find_outputs() -> Path:  # it may not exist

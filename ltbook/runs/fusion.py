@@ -14,11 +14,10 @@ from pathlib import Path
 import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
-from ..data.images import load_images
 from ..data.parts import class_splits
 from ..data.stores import ImageSet
 from ..methods.class_balanced_experts import calibration_stage
-from ..methods.method import get_method
+from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
 from .evaluate import trained_stages
 from .folder import Run
@@ -158,9 +157,9 @@ def unused_images(
     most: int = 20,  # images of one class
 ) -> ImageSet:  # train images that the run has not seen, the first ones of each class
     "Images to calibrate on. Raises `UserError` if the run used (nearly) all of its data."
-    data = load_images(run.recipe.dataset, root)
+    data = recipe_data(run.recipe, root)
     _, tail = get_method(run.recipe.method).split(run.recipe, data)
-    free = np.setdiff1d(np.arange(len(data.train)), tail.indices)
+    free = np.setdiff1d(np.arange(len(data.train)), np.r_[tail.indices, getattr(tail, 'meta', tail.indices[:0])])
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)
     missing = data.train.n_classes - len(set(data.train.labels[free].tolist()))
     if missing > data.train.n_classes//2: raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: fuse '

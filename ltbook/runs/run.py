@@ -16,10 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 import h5py, numpy as np, torch
 from ..data.checks import UserError
-from ..data.meta_set import held_out
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
-from ..methods.method import Context, Method, get_method
+from ..methods.method import Context, Method, get_method, recipe_data
 from .folder import Run, load_run, run_id
 from .recipe import Recipe, recipe
 from ..train.compute import Compute, find_device
@@ -35,8 +34,7 @@ def make_context(
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
     method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture)
-    data = method.data(recipe, root)
-    if recipe.hold_out: data = held_out(data, recipe.hold_out)
+    data = recipe_data(recipe, root)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
     context.network = method.network(context)
@@ -152,12 +150,13 @@ def command(
     given, usual = recipe.model_dump(exclude={'settings', 'source'}), plain.model_dump(exclude={'settings', 'source'})
     own, own_usual = recipe.settings.model_dump(), plain.settings.model_dump()
     words = ['ltbook', 'run', recipe.method, recipe.dataset, *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []), f'--profile {recipe.profile}', f'--seed {recipe.seed}']
-    words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in (given | own).items() if k not in ('seed', 'start') and v != (usual | own_usual)[k]]
+    taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} if recipe.start else {'seed'}
+    words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in (given | own).items() if k not in {*taken, 'start'} and v != (usual | own_usual)[k]]
     return ' '.join(words + ([f'--from outputs/{recipe.start}'] if recipe.start else []))
 
 def _plain(r: Recipe) -> Recipe:
     "The recipe of the same words without changes."
-    return recipe(r.method, r.dataset, r.imbalance, r.profile)
+    return recipe(r.method, r.dataset, r.imbalance, r.profile, start=r.start)
 
 # %% ../../nbs/runs/63_run.ipynb #6abfb07f
 def environment(

@@ -32,7 +32,7 @@ def sweep_rows(
     name: str,  # of one of them
     dataset: str = 'digits',  # name of a data set
     imbalance: float | None = None,  # largest over smallest class; None: the usual one
-    profile: str = 'short',  # paper | short | fast | smoke
+    profile: str = 'short',  # paper | short | fast | smoke, for rows that don't have their own
     out: str | Path = 'outputs',  # parent of all runs
     changes: dict | None = None,  # of every recipe, such as seed or epochs; a row's own count more
 ) -> list[Row]:  # in the order of the sweep
@@ -44,7 +44,7 @@ def sweep_rows(
     rows = []
     for i, row in enumerate(sweeps[one_of(name, sweeps, f'sweep of {method}')](), 1):
         all_changes = (changes or {}) | row['changes']
-        r = recipe(row['method'], dataset, imbalance, profile, **all_changes)
+        r = recipe(row['method'], dataset, imbalance, row.get('profile', profile), **all_changes)
         rows.append(Row(i, row['name'], all_changes, r, Path(out)/run_id(r)))
     return rows
 
@@ -92,6 +92,6 @@ def is_row(
 ) -> bool:
     "Whether a run is that of a row, at whatever length, seed and precision, and on whatever data set."
     r = run.recipe
-    if r.method != row['method'] or any(getattr(r.settings, k) != v for k, v in row['changes'].items()): return False      # soon decided for most
+    if r.method != row['method'] or row.get('profile', r.profile) != r.profile or any(flat(r)[k] != v for k, v in row['changes'].items()): return False      # soon decided for most
     ours, theirs = (flat(s) for s in (r, recipe(r.method, r.dataset, r.imbalance, r.profile, **row['changes'])))
     return all(ours[k] == v for k, v in theirs.items() if k not in FREE)

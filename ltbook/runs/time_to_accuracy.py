@@ -41,7 +41,7 @@ def evidence(
         goal, slack, what = float(np.mean(tops)), float(np.std(tops, ddof=1)) if len(tops) > 1 else 0., f'own runs of the profile paper: {len(tops)}'
     else:
         printed = beside_the_paper(fast[0])
-        printed = printed[printed.measure == 'top1'] if len(printed) else printed
+        printed = printed[(printed.measure == 'top1') & (printed.stage == fast[0].metrics['final']['stage'])] if len(printed) else printed
         if not len(printed): raise NotRun(f'nothing to reach: no run of {method} with the profile paper, and nothing printed')
         goal, slack, what = float(printed.printed.iloc[0])/100, 0., 'printed'
     if ours < goal - slack: raise NotRun(f'not reached: fast ends at {100*ours:.1f} %, the goal is {100*goal:.1f} % ({what})')

@@ -24,6 +24,7 @@ from .recipe import Recipe, recipe
 from ..train.compute import Compute, find_device
 from ..train.files import load_state, load_weights, read_rows, write_atomic, write_json, write_rows
 from ..train.loop import fit, predict
+from ..train.pack import Pack
 from ..train.stage import Stage
 
 # %% ../../nbs/runs/63_run.ipynb #e56c5384
@@ -31,9 +32,10 @@ def make_context(
     recipe: Recipe,  # validated
     root: str | Path | None = None,  # of the data, see `data_root`
     device: str = 'auto',  # see `find_device`
+    pack: Pack | None = None,  # of runs whose captured steps are done together
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
-    method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture)
+    method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack)
     data = recipe_data(recipe, root)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
@@ -239,11 +241,12 @@ def run(
     start: Run | None = None,  # the run named in `recipe.start`
     report: Callable[[dict], None] | None = None,  # called with every row of the history
     on_step: Callable | None = None,  # called with (stage, epoch, images, loss)
+    pack: Pack | None = None,  # of runs whose captured steps are done together; called from `together`
 ) -> Path:  # folder of the finished run
     "Run a recipe, or go on with one that was stopped. Raises `UserError` before training, `NonFiniteLoss` during it."
     began, folder = time.perf_counter(), Path(out)/run_id(recipe)
     if (folder/'done.json').exists(): return folder
-    context = make_context(recipe, root, device)
+    context = make_context(recipe, root, device, pack)
     folder = open_folder(recipe, out)
     for left in folder.glob('.*.part'): left.unlink()      # half-written files of a run that was killed
     sessions = open_session(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parse_seeds', 'cores', 'side_by_side', 'seed_command', 'end', 'ending_on_term', 'start', 'run_all', 'mean_spread',
-           'seeds_table', 'plan_seeds', 'cli_seeds']
+           'seeds_table', 'packs', 'run_packed', 'plan_seeds', 'cli_seeds']
 
 # %% ../../nbs/runs/692_seeds.ipynb #bab36b3d
 import os, signal, statistics, subprocess, sys, threading, time
@@ -17,9 +17,11 @@ from ..data.checks import UserError
 from .folder import load_run, run_id
 from .notebook import recipe_of
 from .progress import COLUMNS, cell
-from .run import make_context
+from .recipe import Recipe
+from .run import make_context, run
 from ..train.bench import child_env
 from ..train.compute import find_device
+from ..train.pack import Pack, together
 
 # %% ../../nbs/runs/692_seeds.ipynb #d1eba91d
 def parse_seeds(
@@ -144,6 +146,25 @@ def seeds_table(
     for i, name in enumerate(('mean', 'sd')): table.add_row(name, *(cell(k, v[i]) for k, v in zip(COLUMNS, both)), '')
     return table
 
+# %% ../../nbs/runs/692_seeds.ipynb #638070a4
+def packs(
+    device: str = 'auto',  # see `find_device`
+) -> bool:
+    "Whether seeds train as a pack there."
+    return find_device(device).type == 'cuda'
+
+def run_packed(
+    recipes: dict[int, Recipe],  # seed -> recipe, apart from the seed all the same
+    out: str | Path = 'outputs',  # parent of all runs
+    root: str | Path | None = None,  # of the data, see `data_root`
+    device: str = 'auto',  # see `find_device`
+    report: Callable[[int, dict], None] = lambda seed, row: None,  # called with every row of every history
+) -> dict[int, Path | BaseException]:  # seed -> run folder, or what went wrong
+    "Train several seeds in one process, their captured steps at the same time."
+    pack = Pack(len(recipes), find_device(device).type == 'cuda')
+    works = [lambda s=s, r=r: run(r.model_copy(update=dict(capture=True)), out, root, device, report=lambda row: report(s, row), pack=pack) for s, r in recipes.items()]
+    return dict(zip(recipes, together(works, pack)))
+
 # %% ../../nbs/runs/692_seeds.ipynb #27623260
 def plan_seeds(
     text: str,  # of --seeds
@@ -168,6 +189,9 @@ def cli_seeds(
     folders = {s: Path(words['out'])/run_id(r) for s, r in recipes.items()}
     left = [s for s, f in folders.items() if not (f/'done.json').exists()]
     if left: make_context(recipes[left[0]], words['data_root'], words['device'])      # mistakes show before a process starts
+    if packs(words['device']) and len(left) > 1:
+        say = lambda seed, row: console.print(f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)
+        run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)
     jobs, threads = side_by_side(len(folders), words['device'])
     logs = {s: folders[s]/'run.log' for s in left}
     codes = run_all({s: seed_command(words, changes, bare, s) for s in left}, logs, jobs, threads, lambda t: console.print(t, soft_wrap=True))

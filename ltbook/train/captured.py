@@ -131,7 +131,8 @@ class CapturedStep:
         if size not in self.plans: self.plans[size] = torch.empty_like(plan, device=self.compute.device)
         if (size, side) not in self.steps:
             run = lambda: self.arithmetic(self.plans[size])
-            self.steps[size, side] = Replay(run, pool=self.pool) if self.on_gpu else run
+            together = self.compute.pack
+            self.steps[size, side] = (lambda: together(run)) if together else Replay(run, pool=self.pool) if self.on_gpu else run
         return self.plans[size], self.steps[size, side]
 
     def __call__(

@@ -36,6 +36,7 @@ class Compute:
     channels_last: bool = True  # memory layout; faster on CPU and GPU, same numbers up to rounding
     compile: bool = False  # torch.compile; pays only for long runs
     capture: bool = False  # steps on fixed buffers, on a GPU replayed as one graph; see `ltbook.train.captured`
+    pack: object | None = None  # captured steps are done together with those of other runs; see `ltbook.train.pack`
 
     def __post_init__(self): one_of(self.precision, PRECISIONS, 'precision')
 

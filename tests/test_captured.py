@@ -21,7 +21,7 @@ from ltbook.train.loop import NonFiniteLoss, fit, train_epoch
 from ltbook.train.stage import KeepBest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1')]
+STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1'), ('ride', 'stage1'), ('dirmixe', 'stage1')]
 
 
 def stage_of(method, name='stage1', n=150, **changes):
@@ -159,7 +159,7 @@ def test_who_fits():
     assert can_capture(stage) and isinstance(stage.view, TrainView)
     assert can_capture(replace(stage, state=dict(best=KeepBest(stage.network, lambda: 0.))))
     not_these = [replace(stage, before_step=lambda b, lr: b), replace(stage, state=dict(count=object())),
-                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__new__(PlainView)), stage_of('ride')]
+                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__new__(PlainView)), stage_of('difficulty_net')]
     assert not any(map(can_capture, not_these))
     for s in not_these:
         assert captured_step(s, None, Compute(capture=True)) is None
@@ -171,7 +171,7 @@ def test_fit_falls_back():
     "A stage that doesn't fit is trained the ordinary way, with the same bits"
     results = []
     for capture in (False, True):
-        stage = stage_of('ride', n=64, batch_size=64, epochs=1)
+        stage = stage_of('difficulty_net', n=64, batch_size=64, epochs=1)
         rows, _ = fit(stage, Compute(capture=capture))
         results.append(rows[0]['loss'])
     assert results[0] == results[1]

@@ -69,7 +69,8 @@ def ride_loss(
     temperature: Tensor | None = None,  # (C,) of `ride_temperature`, late in training
 ) -> Tensor:  # scalar
     "Margin cross-entropy and diversity, summed over the experts."
-    z = experts - F.one_hot(y, experts.shape[2])[:, None]*margins.to(experts)
+    own = y[:, None] == torch.arange(experts.shape[2], device=y.device)
+    z = experts - own[:, None]*margins.to(experts)
     w = None if weights is None else weights.to(experts)
     t = experts.new_ones(1) if temperature is None else temperature.to(experts)
     target = (experts.mean(1)/t).log_softmax(1).detach()

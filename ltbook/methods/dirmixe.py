@@ -51,13 +51,13 @@ def dirmixe_stage(
     if s.n_experts != len(means):
         raise UserError(f'DirMixE trains one expert for each of its {len(means)} Dirichlet components, got n_experts = {s.n_experts}: use --set n_experts={len(means)}.')
     prior, first = torch.as_tensor(means[0], dtype=torch.float32, device=device), penalty_epoch(r.epochs, s.penalty_start)
-    def step(batch: dict, lr: float) -> dict:
+    def draw() -> dict:
         late = pool.taken//per_epoch >= first
-        component, q = (torch.as_tensor(v).to(device, non_blocking=True) for v in pool.take())
-        return batch | dict(component=component, q=q, penalty=s.penalty if late else 0.0)
+        component, q = map(torch.as_tensor, pool.take())
+        return dict(component=component, q=q, penalty=s.penalty if late else 0.0)
     def loss(out: dict, batch: dict) -> Tensor:
         return dirmixe_loss(out['experts'], batch['y'], batch['component'], batch['q'], prior, s.power, batch['penalty'], s.divisor)
-    stage = replace(expert_stage(context, loss), before_step=step)
+    stage = replace(expert_stage(context, loss), draw=draw)
     per_epoch = stage.n_batches
     size = s.draws*per_epoch if s.pool_size is None else s.pool_size
     pool = stage.state['pool'] = DirichletPool(means, s.concentration, s.draws, size, r.seed, s.fresh_draws)

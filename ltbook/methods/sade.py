@@ -107,12 +107,11 @@ def ride_stage(
     parts = 30*ldam_margins(n, s.largest_margin), class_balanced_weights(n), ride_temperature(n, s.temperature)
     margins, weights, temperature = (v.float().to(context.compute.device) for v in parts)
     def loss(out: dict, batch: dict) -> Tensor:
-        late = count.epoch >= round(s.late*r.epochs)
-        return ride_loss(out['experts'], batch['y'], margins, s.diversity, *((weights, temperature) if late else ()))
-    def step(batch: dict, lr: float) -> dict:
+        return ride_loss(out['experts'], batch['y'], margins, s.diversity, *((weights, temperature) if batch['late'] else ()))
+    def draw() -> dict:
         count.steps += 1
-        return batch
-    stage = replace(expert_stage(context, loss), lr=lambda e: step_schedule(e, r.epochs, r.lr, factor=s.drop_factor), before_step=step)
+        return dict(late=count.epoch >= round(s.late*r.epochs))
+    stage = replace(expert_stage(context, loss), lr=lambda e: step_schedule(e, r.epochs, r.lr, factor=s.drop_factor), draw=draw)
     count = stage.state['count'] = StepCount(stage.n_batches)
     return stage
 

@@ -60,9 +60,9 @@ class TensorSGD:
 def can_capture(
     stage: Stage,  # any stage
 ) -> bool:  # whether its step is a function of plan, lambda, rate and network alone
-    "Views with `plan` and `apply`, no `before_step`, no state but the best weights."
+    "Views with `plan` and `apply`, no `before_step`, no state but the best weights and the memory of `draw`."
     planned = all(callable(getattr(stage.view, k, None)) for k in ('plan', 'apply'))
-    return planned and stage.before_step is None and all(isinstance(s, KeepBest) for s in stage.state.values())
+    return planned and stage.before_step is None and (stage.draw is not None or all(isinstance(s, KeepBest) for s in stage.state.values()))
 
 # %% ../../nbs/train/401_captured_step.ipynb #22ceef3a
 class Replay:
@@ -108,16 +108,17 @@ class CapturedStep:
         if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, TensorSGD(optimizer), compute
         self.lam, self.loss = (torch.ones((), device=compute.device) for _ in range(2))
-        self.plans, self.steps, self.on_gpu = {}, {}, compute.device.type == 'cuda'
+        self.plans, self.drawn, self.numbers, self.steps, self.on_gpu = {}, {}, {}, {}, compute.device.type == 'cuda'
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
     def arithmetic(
         self,
         plan: Tensor,  # int64 (rows, B), one of the buffers
+        numbers: dict | None = None,  # plain ones of `draw`, which a recording freezes; None takes those of the last call
     ) -> None:
         "Batch, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
         s = self.stage
-        batch = s.view.apply(plan, self.lam)
+        batch = s.view.apply(plan, self.lam) | self.drawn | (self.numbers if numbers is None else numbers)
         with self.compute.autocast(): out = s.forward(s.network, batch)
         loss = s.loss(full(out), batch)
         self.sgd.optimizer.zero_grad(set_to_none=True)
@@ -126,14 +127,15 @@ class CapturedStep:
         self.loss.copy_(loss.detach())
 
     def _prepared(self, plan: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        "Where plans of this size lie, and the step that reads them; made when the size of the batch or of its images is new."
-        size, side = plan.shape[1], getattr(self.stage.view, 'side', None)
+        "Where plans of this size lie, and the step that reads them; made when the size of the batch, that of its images, or a plain number is new."
+        size, numbers = plan.shape[1], dict(self.numbers)
+        key = size, getattr(self.stage.view, 'side', None), *sorted(numbers.items())
         if size not in self.plans: self.plans[size] = torch.empty_like(plan, device=self.compute.device)
-        if (size, side) not in self.steps:
-            run = lambda: self.arithmetic(self.plans[size])
+        if key not in self.steps:
+            run = lambda: self.arithmetic(self.plans[size], numbers)
             together = self.compute.pack
-            self.steps[size, side] = (lambda: together(run)) if together else Replay(run, pool=self.pool) if self.on_gpu else run
-        return self.plans[size], self.steps[size, side]
+            self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool) if self.on_gpu else run
+        return self.plans[size], self.steps[key]
 
     def __call__(
         self,
@@ -143,6 +145,11 @@ class CapturedStep:
     ) -> Tensor:  # the loss (), on the device; the next call overwrites it
         "One step."
         send = (lambda t: t.pin_memory()) if self.on_gpu else (lambda t: t)
+        drawn = self.stage.draw() if self.stage.draw else {}
+        self.numbers = {k: v for k, v in drawn.items() if not isinstance(v, Tensor)}
+        for k in drawn.keys() - self.numbers.keys():
+            if k not in self.drawn: self.drawn[k] = torch.empty_like(drawn[k], device=self.compute.device)
+            self.drawn[k].copy_(send(drawn[k]), non_blocking=True)
         buffer, step = self._prepared(plan)
         buffer.copy_(send(plan), non_blocking=True)
         self.lam.copy_(send(lam), non_blocking=True)

@@ -42,6 +42,7 @@ def training_step(
     compute: Compute,  # device and precision
 ) -> Tensor:  # loss ()
     "One training step."
+    if stage.draw: batch = batch | {k: v.to(compute.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in stage.draw().items()}
     if stage.before_step: batch = stage.before_step(batch, lr)
     with compute.autocast(): out = stage.forward(stage.network, batch)
     loss = stage.loss(full(out), batch)

@@ -119,7 +119,7 @@ def recipe(
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)
     unknown = [k for k in values if k not in fields | own]
     if unknown: raise UserError(_unknown_names(unknown, m, fields, own))
-    common = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, source=row.source) | {k: v for k, v in values.items() if k in fields}
+    common = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, source=row.source + ('; changed by the profile fast' if profile == 'fast' else '')) | {k: v for k, v in values.items() if k in fields}
     try: return Recipe(**common, settings=m.settings(**{k: v for k, v in values.items() if k in own}))
     except ValidationError as e: raise UserError(_wrong_values(e)) from None
 

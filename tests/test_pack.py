@@ -1,5 +1,8 @@
 "Several runs in one pack: the same numbers as alone, whatever the others do"
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -41,12 +44,17 @@ def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
     pack, rounds = Pack(2), []
     def step():
         rounds.append(len(rounds))
-        if len(rounds) == 6: pack.stop(KeyboardInterrupt())
+        if len(rounds) == 6: signal.raise_signal(signal.SIGINT)         # in the middle of a round
     def work():
         for _ in range(100): pack(step)
-    ends = together([work, work], pack)
-    assert len(rounds) < 10 and all(isinstance(e, RuntimeError) and isinstance(e.__cause__, KeyboardInterrupt) for e in ends)
-    assert threading.active_count() < 10
+    with pytest.raises(KeyboardInterrupt): together([work, work], pack)
+    assert len(rounds) < 10 and pack.members == 0
+    pack, began = Pack(2), time.monotonic()
+    def uncaptured():
+        while time.monotonic() - began < 30: time.sleep(.01); pack.check()
+    threading.Timer(.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt): together([uncaptured, uncaptured], pack)                 # while a run keeps the turn
+    assert time.monotonic() - began < 20 and not [t for t in threading.enumerate() if t.name.endswith('(work)')]
 
     def broken(seed, row):
         if (seed, row['epoch']) == (1, 1): raise OSError('disk full')

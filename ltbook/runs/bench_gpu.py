@@ -49,7 +49,7 @@ def stage_seconds(
             index = order[(at := i*batch_size % max(1, len(order) - batch_size)):at + batch_size]
             if step: step(*stage.view.plan(index, rng), 0.01)
             else: training_step(stage, stage.view(index, rng), 0.01, optimizer, compute)
-        if compute.device.type == 'cuda': torch.cuda.synchronize()
+        if compute.device.type == 'cuda': torch.cuda.synchronize(compute.device)
     go(5 if steps > 5 else 1)
     began = time.perf_counter()
     go(steps)
@@ -64,7 +64,7 @@ def mislas_seconds(
 ) -> float:  # seconds until the last of the runs would be done
     "Both stages of MiSLAS by the profile `paper`, bf16."
     data = noise_tail(device, largest)
-    pack = Pack(seeds, device.type == 'cuda') if seeds > 1 else None
+    pack = Pack(seeds, device) if seeds > 1 else None
     compute = Compute(device, 'bf16', capture=capture, pack=pack)
     r = recipe('mislas', 'cifar100', 100, 'paper', precision='bf16', batch_size=min(128, len(data.train)//2))
     def one(seed: int) -> float:
@@ -92,7 +92,7 @@ def one_run_row(
 ) -> dict:  # s
     "MiSLAS, 200 + 10 epochs: captured, against the ordinary loop on the same GPU."
     gpu, steps = the_gpu(), 200 if seconds >= 1 else 20
-    plain, ours = ([mislas_seconds(gpu, capture=c, steps=steps) for _ in range(3)] for c in (False, True))
+    plain, ours = zip(*([mislas_seconds(gpu, capture=c, steps=steps) for c in (False, True)] for _ in range(3)))      # taking turns
     return versus(plain, ours, 'lower', baseline_is='the ordinary loop on the same GPU', precision='bf16', computed_from=f'{steps} steps of each stage', gpu=torch.cuda.get_device_name())
 
 def eight_seeds_row(
@@ -100,7 +100,7 @@ def eight_seeds_row(
 ) -> dict:  # s
     "Eight seeds in one graph, against eight captured runs one after the other."
     gpu, steps = the_gpu(), 200 if seconds >= 1 else 20
-    alone, packed = [8*mislas_seconds(gpu, steps=steps) for _ in range(3)], [mislas_seconds(gpu, 8, steps=steps) for _ in range(3)]
+    alone, packed = zip(*((8*mislas_seconds(gpu, steps=steps), mislas_seconds(gpu, 8, steps=steps)) for _ in range(3)))      # taking turns
     return versus(alone, packed, 'lower', baseline_is='eight captured runs one after the other', precision='bf16', computed_from=f'{steps} steps of each stage', gpu=torch.cuda.get_device_name())
 
 def reproduction_row(

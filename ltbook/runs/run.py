@@ -36,6 +36,7 @@ def make_context(
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
     method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack)
+    if compute.device.type == 'cuda': torch.cuda.set_device(compute.device)      # streams and graphs are made on the current device
     data = recipe_data(recipe, root)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
@@ -168,11 +169,11 @@ def environment(
     seconds: float,  # of this call
     rows: list[dict],  # history; its seconds are those of training
 ) -> dict:  # JSON-able
-    "Versions, device, commit, command, time and memory."
+    "Versions, device, commit, command, time and memory; times of runs trained together include waiting for each other."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
     device = torch.cuda.get_device_name(compute.device) if compute.device.type == 'cuda' else platform.processor() or platform.machine()
     return dict(ltbook=version('ltbook') if _installed() else None, python=platform.python_version(), packages={p: version(p) for p in PACKAGES}, platform=platform.system(),
-                device=str(compute.device), device_name=device, threads=torch.get_num_threads(), command=command(recipe), **{k: sessions[-1][k] for k in ('commit', 'dirty')}, sessions=sessions,
+                device=str(compute.device), device_name=device, trained_together=compute.pack.size if compute.pack else 1, threads=torch.get_num_threads(), command=command(recipe), **{k: sessions[-1][k] for k in ('commit', 'dirty')}, sessions=sessions,
                 train_seconds=round(sum(r['seconds'] for r in rows), 1), wall_seconds=round(seconds, 1), peak_memory_mb=round(peak),
                 finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 

@@ -7,12 +7,13 @@ __all__ = ['parse_seeds', 'cores', 'side_by_side', 'seed_command', 'end', 'endin
            'seeds_table', 'packs', 'run_packed', 'plan_seeds', 'cli_seeds']
 
 # %% ../../nbs/runs/692_seeds.ipynb #bab36b3d
-import os, signal, statistics, subprocess, sys, threading, time
+import gc, os, signal, statistics, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from rich.console import Console
 from rich.table import Table
+import torch
 from ..data.checks import UserError
 from .folder import load_run, run_id
 from .notebook import recipe_of
@@ -161,7 +162,7 @@ def run_packed(
     report: Callable[[int, dict], None] = lambda seed, row: None,  # called with every row of every history
 ) -> dict[int, Path | BaseException]:  # seed -> run folder, or what went wrong
     "Train several seeds in one process, their captured steps at the same time."
-    pack = Pack(len(recipes), find_device(device).type == 'cuda')
+    pack = Pack(len(recipes), find_device(device))
     works = [lambda s=s, r=r: run(r.model_copy(update=dict(capture=True)), out, root, device, report=lambda row: report(s, row), pack=pack) for s, r in recipes.items()]
     return dict(zip(recipes, together(works, pack)))
 
@@ -191,7 +192,11 @@ def cli_seeds(
     if left: make_context(recipes[left[0]], words['data_root'], words['device'])      # mistakes show before a process starts
     if packs(words['device']) and len(left) > 1:
         say = lambda seed, row: console.print(f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)
-        run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)
+        ends = run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)
+        wrong = {s: e for s, e in ends.items() if isinstance(e, BaseException)}
+        for s, e in wrong.items(): console.print(f'seed {s} left the pack: {e!r}', soft_wrap=True)
+        if len(wrong) == len(left): raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}. The same command goes on with them.')
+        gc.collect(); torch.cuda.empty_cache()      # memory for what comes
     jobs, threads = side_by_side(len(folders), words['device'])
     logs = {s: folders[s]/'run.log' for s in left}
     codes = run_all({s: seed_command(words, changes, bare, s) for s in left}, logs, jobs, threads, lambda t: console.print(t, soft_wrap=True))

@@ -54,7 +54,7 @@ def choose(
     only: Sequence[str] = (),  # each a number or a part of a name; empty takes all
 ) -> list[Row]:  # those that fit any of it, in the order of the sweep
     "Some rows. Raises `UserError` where nothing fits."
-    fits = lambda r, text: r.number == int(text) if text.isdigit() else text.lower() in r.name
+    fits = lambda r, text: r.number == int(text) if text.isdigit() else text.lower() in r.name.lower()
     for text in only:
         if not any(fits(r, text) for r in rows): raise UserError(f'No row of the sweep fits {text!r}: give a number from 1 to {len(rows)}, or a part of a name, such as {rows[0].name!r}.')
     return [r for r in rows if not only or any(fits(r, t) for t in only)]

@@ -64,10 +64,10 @@ def time_row(
     fast, paper = (recipe('balanced_softmax', 'cifar100', 100, profile) for profile in ('fast', 'paper'))
     sides, n, loaded = image_sides(fast), int(long_tail_counts(500, 100, 100).sum()), 10_847 if seconds >= 1 else 256
     steps = training_loops((0, 2) if seconds >= 1 else (0,), (), mixup=False, n=loaded)
-    steps |= {s: training_loops((), (fast.precision,), mixup=False, n=loaded, side=s)[f'ltbook, {fast.precision}'] for s in sides}
+    steps |= {s: training_loops((), (fast.precision,), mixup=False, n=loaded, side=s, batch_size=fast.batch_size, nesterov=fast.nesterov)[f'ltbook, {fast.precision}'] for s in sides}
     speeds = take_turns(steps, seconds)
     plain = {k: [paper.epochs*n/v for v in speeds[k]] for k in steps if k not in sides}
     best = min(plain, key=lambda k: np.median(plain[k]))
     ours = [sum(k*n/v for k, v in zip(sides.values(), turn)) for turn in zip(*(speeds[s] for s in sides))]
     rates = {f'images_per_second_{s}': float(np.median(speeds[s])) for s in sides}
-    return versus(plain[best], ours, 'lower', baseline_is=f'{best}, {paper.epochs} epochs', precision=fast.precision, epochs=fast.epochs, computed_from='rates', **rates, **found)
+    return versus(plain[best], ours, 'lower', baseline_is=f'{best}, {paper.epochs} epochs', precision=fast.precision, epochs=fast.epochs, batch=fast.batch_size, computed_from='rates', **rates, **found)

@@ -112,17 +112,19 @@ def training_loops(
     mixup: bool = True,
     n: int = 10_847,  # images to walk through
     side: int | None = None,  # of the images of ours, pixels; None is full size
+    batch_size: int = 128,  # of ours
+    nesterov: bool = False,  # of ours
 ) -> dict[str, Callable[[], int]]:  # 'plain, 0 workers' or 'ltbook, bf16' -> function that trains one batch of 128
     "Training loops of ResNet-32 on the CPU, each with a network of its own."
     data, steps = noise_images(n), {}
-    sgd = lambda net: torch.optim.SGD(net.parameters(), .1, .9, weight_decay=2e-4)
+    sgd = lambda net, nesterov=False: torch.optim.SGD(net.parameters(), .1, .9, weight_decay=2e-4, nesterov=nesterov)
     for w in workers:
         net = ResNet32(100).train()
         steps[f'plain, {w} workers'] = lambda n=net, o=sgd(net), b=plain_batches(data, w), g=np.random.default_rng(0): plain_step(n, o, b, g, mixup)
     for precision in precisions:
         c = Compute(precision=precision)
         net = c.prepare(ResNet32(100)).train()
-        steps[f'ltbook, {precision}'] = lambda n=net, o=sgd(net), b=our_batches(data, mixup=mixup, side=side), c=c: our_step(n, o, b, c)
+        steps[f'ltbook, {precision}'] = lambda n=net, o=sgd(net, nesterov), b=our_batches(data, batch_size, mixup, side), c=c: our_step(n, o, b, c)
     return steps
 
 # %% ../../nbs/train/46_bench.ipynb #e35bd18f

@@ -6,6 +6,7 @@
 __all__ = ['READS', 'BRINGS', 'TensorSGD', 'can_capture', 'Replay', 'CapturedStep', 'captured_step', 'host_questions']
 
 # %% ../../nbs/train/401_captured_step.ipynb #45e02d66
+import warnings
 from collections.abc import Callable
 import torch
 from torch import Tensor
@@ -93,7 +94,9 @@ class Replay:
         "Once; nothing is executed."
         graph = self.cuda.CUDAGraph()
         self.cuda.synchronize()
-        with self.cuda.graph(graph, pool=self.pool): self.function()
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', '.*CUDA Graph is empty.*')      # nothing was recorded: kernels of another device, say
+            with self.cuda.graph(graph, pool=self.pool): self.function()
         self.graph = graph
 
 # %% ../../nbs/train/401_captured_step.ipynb #3f97898a

@@ -71,6 +71,7 @@ def train_epoch(
     look = 1 if compute.device.type == 'cpu' else 50
     for i in range(n):
         index = order[i*size:(i + 1)*size]
+        if compute.pack: compute.pack.check()
         loss = step(*stage.view.plan(index, rng), lr) if step else training_step(stage, stage.view(index, rng), lr, optimizer, compute)
         losses[i], images = loss, images + len(index)
         if (i + 1) % look == 0 or i == n - 1:

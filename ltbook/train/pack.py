@@ -13,50 +13,53 @@ from .captured import Replay
 
 # %% ../../nbs/train/402_pack.ipynb #731f451c
 class Pack:
-    "Collects the steps of several runs and does them at once. Each run holds `turn` and calls the pack from a thread of its own."
+    "Collects the steps of several runs and does them at once. Each run holds `turn` and calls the pack from a thread of its own; see `together`."
     def __init__(
         self,
         members: int,  # runs
-        on_gpu: bool = False,  # record the steps as branches of one graph; else they are called one after the other
+        device: torch.device = torch.device('cpu'),  # on a GPU the steps are branches of one graph; else they are called one after the other
         cuda=torch.cuda,  # a stand-in, for tests
     ):
-        self.turn, self.members, self.on_gpu, self.cuda = threading.Condition(), members, on_gpu, cuda
-        self.waiting, self.rounds, self.error = {}, 0, None
-        self.graphs, self.streams = {}, [cuda.Stream() for _ in range(members)] if on_gpu else []
+        self.turn, self.arrived = threading.Condition(), threading.Event()
+        self.size = self.members = members
+        self.device, self.on_gpu, self.cuda = device, device.type == 'cuda', cuda
+        self.waiting, self.rounds, self.error, self.graphs = {}, 0, None, {}
+        self.use()
+        self.streams = [cuda.Stream() for _ in range(members)] if self.on_gpu else []
+        self.pool = cuda.graph_pool_handle() if self.on_gpu else None
+
+    def use(self) -> None:
+        "Make the pack's GPU that of this thread."
+        if self.on_gpu: self.cuda.set_device(self.device)
+
+    def check(self) -> None:
+        "Raise `RuntimeError` if the pack was stopped, or a step of it failed."
+        if self.error: raise RuntimeError(f'the pack was stopped by {self.error!r}') from self.error
 
     def __call__(
         self,
         step: Callable[[], None],  # reads and writes memory of its own run; the same object every time
     ) -> None:
         "Hand a step over and come back when it is done. Raises `RuntimeError` if a step of the round failed."
+        self.check()
         mine = self.rounds
         self.waiting[threading.get_ident()] = step
-        if len(self.waiting) == self.members: self._go()
+        self.arrived.set()
         while self.rounds == mine and not self.error: self.turn.wait()
-        if self.error: raise RuntimeError(f'a step of the pack failed: {self.error}') from self.error
+        self.check()
 
     def leave(self) -> None:
-        "One run less; its thread has the turn."
+        "One run less; its thread has the turn. Graphs with its steps are of no use any more."
         self.members -= 1
-        if self.waiting and len(self.waiting) == self.members: self._go()
+        self.waiting.pop(threading.get_ident(), None)
+        self.graphs.clear()
+        self.arrived.set()
 
-    def stop(
-        self,
-        error: BaseException,  # why
-    ) -> None:
-        "Let every run fail at its next step."
-        with self.turn:
-            self.error = error
-            self.turn.notify_all()
-
-    def _go(self) -> None:
-        "The round: all steps that wait, then everybody wakes up."
+    def round(self) -> None:
+        "If everybody is there: all steps that wait, then everybody wakes up. Always called from the same thread, which has the turn."
+        if self.error or not self.waiting or len(self.waiting) < self.members: return
         steps = tuple(step for _, step in sorted(self.waiting.items()))
-        try:
-            if not self.on_gpu: self._all(steps)
-            else:
-                if steps not in self.graphs: self.graphs[steps] = Replay(lambda: self._forked(steps), cuda=self.cuda)
-                self.graphs[steps]()
+        try: self._graph(steps)() if self.on_gpu else self._all(steps)
         except BaseException as e: self.error = e
         self.waiting, self.rounds = {}, self.rounds + 1
         self.turn.notify_all()
@@ -65,32 +68,46 @@ class Pack:
         "One after the other."
         for step in steps: step()
 
+    def _graph(self, steps: tuple) -> Replay:
+        "What replays these steps; graphs of a pack never run at the same time and share their memory."
+        if steps not in self.graphs: self.graphs[steps] = Replay(lambda: self._forked(steps), pool=self.pool, cuda=self.cuda)
+        return self.graphs[steps]
+
     def _forked(self, steps: tuple) -> None:
-        "Each on a stream of its own, which starts after what came before and is waited for."
-        here = self.cuda.current_stream()
-        for step, stream in zip(steps, self.streams):
-            stream.wait_stream(here)
+        "Each on a stream of its own; all start after what came before, and all are waited for."
+        here, streams = self.cuda.current_stream(), self.streams[:len(steps)]
+        for stream in streams: stream.wait_stream(here)
+        for step, stream in zip(steps, streams):
             with self.cuda.stream(stream): step()
-        for stream in self.streams[:len(steps)]: here.wait_stream(stream)
+        for stream in streams: here.wait_stream(stream)
 
 # %% ../../nbs/train/402_pack.ipynb #2f596bae
 def together(
     works: list[Callable[[], object]],  # one a run; each calls the pack where it would do a step
     pack: Pack,  # of as many members
 ) -> list:  # results in the same order; an exception where one was raised
-    "Run functions in threads of their own, one at a time. Ctrl-C ends all of them at their next step."
+    "Run functions in threads of their own, one at a time, and do the rounds here. Ctrl-C ends all of them at their next step."
     out = [None]*len(works)
     def work(i):
         with pack.turn:
-            try: out[i] = works[i]()
+            try:
+                pack.use()
+                out[i] = works[i]()
             except BaseException as e: out[i] = e
             finally: pack.leave()
     threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(works))]
+    pack.use()
     for t in threads: t.start()
     try:
-        for t in threads: t.join()
+        while pack.members:
+            pack.arrived.wait()
+            pack.arrived.clear()
+            with pack.turn: pack.round()
     except BaseException as e:
-        pack.stop(e)
+        pack.error = e      # without the turn, which a run may keep for long
+        with pack.turn: pack.turn.notify_all()
         for t in threads: t.join()
         raise
+    for t in threads: t.join()
+    if isinstance(pack.error, KeyboardInterrupt): raise pack.error      # it came during a round
     return out

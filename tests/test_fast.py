@@ -19,7 +19,7 @@ from ltbook.runs.fusion import unused_images
 from ltbook.runs.published import beside_the_paper
 from ltbook.runs.recipe import Recipe, recipe
 from ltbook.runs.run import command, make_context, recipe_from, run
-from ltbook.runs.sweep import is_row, sweep_rows
+from ltbook.runs.sweep import choose, is_row, sweep_rows
 from ltbook.train.captured import captured_step
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch
@@ -118,6 +118,7 @@ def test_the_sweep_is_of_the_profile_whatever_was_asked_for():
     "Its rows are changes of `fast`; a run belongs to the row that it was made of and to no other"
     rows = sweep_rows('balanced_softmax', 'fast', 'digits', profile='short')
     assert len({r.folder for r in rows}) == 8 and [r.recipe.profile for r in rows] == ['fast']*7 + ['short']
+    assert [r.name for r in choose(rows, ('Nesterov',))] == [r.name for r in choose(rows, ('nesterov',))] == ['without Nesterov']
     grid = fast_rows('balanced_softmax')
     for i, row in enumerate(rows):
         fits = [g['name'] for g in grid if is_row(g, SimpleNamespace(recipe=row.recipe))]

@@ -7,15 +7,14 @@ __all__ = ['noise_tail', 'stage_seconds', 'mislas_seconds', 'the_gpu', 'one_run_
 
 # %% ../../nbs/runs/696_bench_gpu.ipynb #ae15b6c1
 import time
-from collections.abc import Callable
+from dataclasses import replace
 import numpy as np, torch
 from ..data.images import ImageData
 from ..data.profile import long_tail_counts
-from ..data.stores import ImageSet
 from ..methods.method import Context, get_method, standard_network
 from .bench_training import NotRun, versus
 from .recipe import recipe
-from ..train.bench import MEAN, STD
+from ..train.bench import MEAN, STD, noise_images
 from ..train.captured import CapturedStep
 from ..train.compute import Compute
 from ..train.loop import training_step
@@ -29,8 +28,7 @@ def noise_tail(
 ) -> ImageData:  # 100 classes; train and test part are the same
     "Noise with the counts of a long tail."
     counts = long_tail_counts(largest, 100, min(100, largest))
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (counts.sum(), 3, 32, 32), dtype=np.uint8))
-    data = ImageSet(images, torch.from_numpy(np.repeat(np.arange(100), counts)), tuple(map(str, range(100)))).to(device)
+    data = replace(noise_images(int(counts.sum())), labels=torch.from_numpy(np.repeat(np.arange(100), counts))).to(device)
     return ImageData('noise', data, data, MEAN, STD, 4, True, 100., 'noise')
 
 def stage_seconds(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.checks import UserError
-from .compute import Compute, full
+from .compute import Compute
 from .stage import KeepBest, Stage
 
 # %% ../../nbs/train/401_captured_step.ipynb #b961b052
@@ -41,6 +41,10 @@ class TensorSGD:
             g['lr'] = lr*g.get('lr_factor', 1.0)
             for p in g['params']: self.rates[p].fill_(g['lr'])
         self.lr = lr
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        "Drop all gradients."
+        self.optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -122,12 +126,7 @@ class CapturedStep:
         "Batch, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
         s = self.stage
         batch = s.view.apply(plan, self.lam) | self.drawn | (self.numbers if numbers is None else numbers)
-        with self.compute.autocast(): out = s.forward(s.network, batch)
-        loss = s.loss(full(out), batch)
-        self.sgd.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.sgd.step()
-        self.loss.copy_(loss.detach())
+        self.loss.copy_(s.update(batch, self.sgd, self.compute))
 
     def _prepared(self, plan: Tensor) -> tuple[Tensor, Callable[[], None]]:
         "Where plans of this size lie, and the step that reads them; made when the size of the batch, that of its images, or a plain number is new."

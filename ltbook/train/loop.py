@@ -44,12 +44,7 @@ def training_step(
     "One training step."
     if stage.draw: batch = batch | {k: v.to(compute.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in stage.draw().items()}
     if stage.before_step: batch = stage.before_step(batch, lr)
-    with compute.autocast(): out = stage.forward(stage.network, batch)
-    loss = stage.loss(full(out), batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    return stage.update(batch, optimizer, compute)
 
 # %% ../../nbs/train/45_loop.ipynb #b7c07fc7
 def train_epoch(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..data.checks import UserError
 from ..data.sampling import Sampler
+from .compute import Compute, full
 
 # %% ../../nbs/train/43_stage.ipynb #4d669fd7
 def plain_forward(
@@ -71,6 +72,15 @@ class Stage:
         groups = self.groups or [dict(params=[p for p in self.network.parameters() if p.requires_grad])]
         groups = [{'lr_factor': 1.0, **g} for g in groups]
         return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
+
+    def update(self, batch: dict, optimizer, compute: Compute) -> Tensor:
+        "Forward pass, loss, backward pass and a step of the optimizer (anything with `zero_grad` and `step`) on a complete batch; returns the loss ()."
+        with compute.autocast(): out = self.forward(self.network, batch)
+        loss = self.loss(full(out), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
 # %% ../../nbs/train/43_stage.ipynb #3f264843
 class KeepBest:

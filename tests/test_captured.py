@@ -1,5 +1,6 @@
 "The captured step is the ordinary step: same numbers, nothing asked of the device, nothing that only the loop would notice"
 import json
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from ltbook.data.augment import PlainView, TrainView
 from ltbook.data.checks import UserError
+from ltbook.methods.difficulty_net import DifficultyWeigher
 from ltbook.methods.method import get_method
 from ltbook.runs.folder import run_id
 from ltbook.runs.recipe import Recipe, recipe, recipe_hash
@@ -21,7 +23,9 @@ from ltbook.train.loop import NonFiniteLoss, fit, train_epoch
 from ltbook.train.stage import KeepBest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1'), ('ride', 'stage1'), ('dirmixe', 'stage1')]
+STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1'), ('ride', 'stage1'), ('dirmixe', 'stage1'),
+          ('reweighting', 'stage1'), ('difficulty_net', 'stage1'), ('difficulty_net', 'stage2')]
+LOSSES = ('balanced_softmax', 'focal', 'equalization', 'logit_adjustment', 'ldam')
 
 
 def stage_of(method, name='stage1', n=150, **changes):
@@ -35,8 +39,9 @@ def stage_of(method, name='stage1', n=150, **changes):
 
 
 def values(stage, optimizer):
-    "Weights, statistics and momenta in one vector"
+    "Weights, statistics and momenta in one vector; of a network that learns weights too"
     kept = [s['momentum_buffer'] for s in optimizer.state.values() if s.get('momentum_buffer') is not None]
+    if isinstance(stage.state.get('weigher'), DifficultyWeigher): kept += stage.state['weigher'].g.state_dict().values()
     return torch.cat([v.double().flatten() for v in (*stage.network.state_dict().values(), *kept)])
 
 
@@ -47,7 +52,10 @@ def trained(method, name, capture, epochs=3, precision='fp32', **changes):
     step = captured_step(stage, optimizer, compute)
     assert (step is not None) == capture
     stage.lr = lambda e: (.05, .02, .01)[e]                    # the rate must be followed, not recorded
-    losses = [train_epoch(stage, e, optimizer, rng, compute, step=step) for e in range(epochs)]
+    losses = []
+    for e in range(epochs):
+        losses.append(train_epoch(stage, e, optimizer, rng, compute, step=step))
+        if stage.after_epoch: stage.after_epoch(e)             # accuracies, and weights from them, must be followed too
     if step: assert len(step.plans) == 1 + (len(stage.sampler) % stage.batch_size > 0)
     return losses, values(stage, optimizer), rng.bit_generator.state
 
@@ -107,7 +115,22 @@ def test_momentum_goes_on():
 @pytest.mark.parametrize('method, name', STAGES, ids=['-'.join(s) for s in STAGES])
 def test_arithmetic_asks_nothing(method, name, monkeypatch):
     "No value is read back, no size depends on values, no number comes from Python; also in the backward pass"
-    stage = stage_of(method, name)
+    nothing_asked(stage_of(method, name), monkeypatch)
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_losses_of_samples_ask_nothing(loss, monkeypatch):
+    "Under learned weights, the look ahead with them, and under weights from accuracies"
+    changes = dict(loss=loss, head='cosine' if loss == 'ldam' else 'linear')
+    for method, more in (('difficulty_net', dict(target='absolute', relative_input=False)), ('reweighting', dict(weights='cdb', tau='dynamic'))):
+        nothing_asked(stage_of(method, **changes, **more), monkeypatch)
+
+
+def nothing_asked(stage, monkeypatch):
+    "Adam in the form it has on a GPU, where its count of steps lies on the device"
+    monkeypatch.setattr(sys.modules['torch.optim.adam'], '_get_capturable_supported_devices', lambda *a, **k: ['cpu'])
+    weigher = stage.state.get('weigher')
+    if isinstance(weigher, DifficultyWeigher): weigher.optimizer.param_groups[0]['capturable'] = True
     Compute().prepare(stage.network)
     step = CapturedStep(stage, stage.optimizer(), Compute(capture=True))
     stage.set_mode(stage.network)
@@ -158,8 +181,10 @@ def test_who_fits():
     stage = stage_of('cross_entropy')
     assert can_capture(stage) and isinstance(stage.view, TrainView)
     assert can_capture(replace(stage, state=dict(best=KeepBest(stage.network, lambda: 0.))))
-    not_these = [replace(stage, before_step=lambda b, lr: b), replace(stage, state=dict(count=object())),
-                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__new__(PlainView)), stage_of('difficulty_net')]
+    own = replace(stage, before_step=lambda b, lr: b)
+    assert can_capture(replace(own, recordable=True)) and can_capture(stage_of('difficulty_net'))
+    not_these = [own, replace(own, draw=dict), replace(stage, state=dict(count=object())),
+                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__new__(PlainView)), replace(own, recordable=True, view=lambda i, rng: {})]
     assert not any(map(can_capture, not_these))
     for s in not_these:
         assert captured_step(s, None, Compute(capture=True)) is None
@@ -171,7 +196,9 @@ def test_fit_falls_back():
     "A stage that doesn't fit is trained the ordinary way, with the same bits"
     results = []
     for capture in (False, True):
-        stage = stage_of('difficulty_net', n=64, batch_size=64, epochs=1)
+        stage = stage_of('cross_entropy', n=64, batch_size=32, epochs=1)
+        stage.before_step = lambda batch, lr: batch | dict(x=batch['x']*float(batch['x'].mean() > 0))        # asks, so nobody called it recordable
+        assert captured_step(stage, stage.optimizer(), Compute(capture=capture)) is None
         rows, _ = fit(stage, Compute(capture=capture))
         results.append(rows[0]['loss'])
     assert results[0] == results[1]

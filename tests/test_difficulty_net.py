@@ -68,7 +68,7 @@ class TestBilevel:
         weigher.accuracies = torch.linspace(.9, .1, 10)
         rng, seen = np.random.default_rng(0), []
         for _ in range(6):
-            batch = stage.before_step(stage.view(rng.integers(0, 200, 32), rng), .1)
+            batch = stage.before_step(stage.view(rng.integers(0, 200, 32), rng) | stage.draw(), .1)
             seen.append(lot.yes)
             a, _ = meta_gradient(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
             b, _ = meta_gradient_reference(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
@@ -120,7 +120,7 @@ class TestModes:
             batch = stage.view(rng.integers(0, 200, 32), rng)
             w.before_step(batch, .1)
             pull, _, _, _ = gradients(other.g, other.accuracies, .3, 'relative',
-                                      lambda v: (meta_gradient(other.context.network, batch, other.meta_batch(), v, .1)[0]*0, torch.tensor(0.)))
+                                      lambda v: (meta_gradient(other.context.network, batch, other.view(np.arange(30)), v, .1)[0]*0, torch.tensor(0.)))
             for p, g in zip(other.g.parameters(), pull): p.grad = g
             other.optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(w.g.parameters(), other.g.parameters()))
@@ -129,32 +129,29 @@ class TestModes:
         w, stage = self.weigher('exact')
         batch = stage.view(np.arange(32), np.random.default_rng(0))
         old = w.weights()
-        out = w.before_step(batch, .1)
+        out = w.before_step(batch | w.draw(), .1)
         assert torch.equal(out['weight'], w.weights()[batch['y']]) and not torch.equal(out['weight'], old[batch['y']])
         assert not out['weight'].requires_grad
 
     def test_first_epoch_is_plain(self):
         w, stage = self.weigher('exact')
         w.accuracies = torch.zeros(10)
-        assert (w.before_step(stage.view(np.arange(32), np.random.default_rng(0)), .1)['weight'] == 1).all()
-        assert w.log[0]['meta_gradient'] == 0 and w.log[0]['driver_gradient'] == 0
+        assert (w.before_step(stage.view(np.arange(32), np.random.default_rng(0)) | w.draw(), .1)['weight'] == 1).all()
+        assert w.sums['meta_gradient'] == 0 and w.sums['driver_gradient'] == 0 and w.sums['steps'] == 1
 
     def test_meta_batches(self):
         "No meta image twice before a new order, which comes when fewer than a batch are left"
         w, _ = self.weigher('exact', meta_batch=30)
-        seen = []
-        w.view = lambda index: seen.append(index)
-        for _ in range(3): w.meta_batch()
-        assert len(np.unique(np.concatenate(seen))) == 90
-        w.meta_batch()                       # ten are left, too few: a new order
-        assert len(np.unique(seen[-1])) == 30
+        seen = np.concatenate([w.draw()['meta'].numpy() for _ in range(3)])
+        assert len(np.unique(seen)) == 90
+        assert len(np.unique(w.draw()['meta'])) == 30           # ten were left, too few: a new order
 
     def test_half_precision(self):
         w, stage = self.weigher('exact', meta_precision='bf16')
         v, _ = self.weigher('exact')
         batch = stage.view(np.arange(64), np.random.default_rng(0))
-        w.before_step(batch, .1); v.before_step(batch, .1)
-        assert abs(w.log[0]['meta_loss'] - v.log[0]['meta_loss']) < .05 and w.log[0]['meta_loss'] != v.log[0]['meta_loss']
+        for u in (w, v): u.before_step(batch | u.draw(), .1)
+        assert abs(w.sums['meta_loss'] - v.sums['meta_loss']) < .05 and w.sums['meta_loss'] != v.sums['meta_loss']
 
 
 def gaussian_toy(seed, mode, driver_weight, steps=600):

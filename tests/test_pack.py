@@ -20,7 +20,7 @@ def logits(folder): return load_run(folder).predictions['logits']
 
 @pytest.mark.parametrize('method, changes', [('mislas', {}), ('dirmixe', dict(epochs=3)), ('difficulty_net', {}), ('balanced_softmax', dict(first_side=4, epochs=3))])
 def test_packed_runs_are_those_alone(tmp_path, method, changes):
-    "Two stages, draws, a step that can't be captured, growing images; to the last bit"
+    "Two stages, draws, a look ahead with a network of its own, growing images; to the last bit"
     recipes = {s: recipe(method, profile='smoke', seed=s, **changes) for s in (3, 4)}
     packed = run_packed(recipes, tmp_path/'packed', device='cpu')
     for s, r in recipes.items():

@@ -41,7 +41,7 @@ def equalization_loss(
     if 0 < drop < 1:
         if generator is None: raise UserError(f'A drop with probability {drop} needs a generator.')
         drop = torch.rand((), generator=generator).item() < drop
-    n, positive = counts.double(), F.one_hot(y, logits.shape[1]).to(logits)
+    n, positive = counts.double(), torch.zeros_like(logits).scatter(1, y[:, None], 1.)
     spared = (n < threshold * n.sum()).to(logits) * (1 - positive) * float(drop)
     return reduced(((1 - spared) * F.binary_cross_entropy_with_logits(logits, positive, reduction='none')).sum(1), reduction)
 
@@ -79,6 +79,6 @@ def ldam_loss(
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
     "Cross-entropy of scaled cosines whose label must win by a margin, larger for rare classes. Raises `UserError` for a negative margin or scale."
     if not (max_margin >= 0 and scale > 0): raise UserError(f'LDAM needs max_margin >= 0 and scale > 0: got {max_margin} and {scale}.')
-    margin = ldam_margins(counts, max_margin).to(logits)[y]
-    loss = F.cross_entropy(scale*(logits - F.one_hot(y, logits.shape[1])*margin[:, None]), y, reduction='none')
+    margin = ldam_margins(counts, max_margin).to(logits)[y][:, None]
+    loss = F.cross_entropy(scale*(logits - torch.zeros_like(logits).scatter(1, y[:, None], margin)), y, reduction='none')
     return reduced(loss if weight is None else loss*weight.to(loss)[y], reduction)

@@ -79,7 +79,10 @@ class Lot:
         seed: int,  # of the generator
         probability: float = 1.0,  # of yes
     ): self.generator, self.probability, self.yes = torch.Generator().manual_seed(seed), probability, True
-    def throw(self) -> None: self.yes = torch.rand((), generator=self.generator).item() < self.probability
+    def draw(self) -> dict:
+        "For a stage's `draw`: throw, and say how it fell."
+        self.yes = torch.rand((), generator=self.generator).item() < self.probability
+        return dict(lot=self.yes)
     def state_dict(self) -> dict: return dict(state=self.generator.get_state())
     def load_state_dict(self, state: dict) -> None: self.generator.set_state(state['state'])
 
@@ -95,8 +98,9 @@ LOSSES = {
 def make_lot(
     context: Context,  # seed and settings
 ) -> Lot:  # whether a batch spares rare classes
-    "The lot of a run."
-    return Lot(context.recipe.seed, context.settings.equalization_drop)
+    "The lot of a run; one that always falls the same where no loss asks for it."
+    s = context.settings
+    return Lot(context.recipe.seed, s.equalization_drop if s.loss == 'equalization' else 1.)
 
 def sample_loss(
     context: Context,  # counts and settings
@@ -126,36 +130,43 @@ class ClassWeigher:
         weights: Callable[[Tensor, int], Tensor],  # (accuracies (C,), epoch) -> (C,), mean 1
     ):
         self.context, self.rule, self.epoch = context, weights, 0
-        self.accuracies = torch.zeros(context.n_classes, device=context.compute.device)
+        self.accuracies, self.current = (torch.zeros(context.n_classes, device=context.compute.device) for _ in range(2))
+        self.current.copy_(self.weights())
 
     def weights(self) -> Tensor:
         "Of the epoch that runs (C,), float32 on the device."
         return self.rule(self.accuracies, self.epoch).to(self.accuracies)
 
-    def before_step(self, batch: dict, lr: float) -> dict: return batch | dict(weight=self.weights()[batch['y']])
+    def measured(self, epoch: int, accuracies: Tensor) -> None:
+        "Go on with these accuracies (C,) in an epoch, from 0."
+        self.epoch = epoch
+        self.accuracies.copy_(accuracies)
+        self.current.copy_(self.weights())
+
+    def draw(self) -> dict: return {}
+
+    def before_step(self, batch: dict, lr: float | Tensor) -> dict: return batch | dict(weight=self.current[batch['y']])
 
     def after_epoch(self, epoch: int) -> dict:
         "Measure, and log what was used and what was found."
         log = dict(weights=self.weights())
-        self.epoch, self.accuracies = epoch + 1, class_accuracies(self.context)
-        return log | dict(accuracies=self.accuracies, val_top1=self.accuracies.mean())
+        self.measured(epoch + 1, class_accuracies(self.context))
+        return log | dict(accuracies=self.accuracies.clone(), val_top1=self.accuracies.mean())
 
     def state_dict(self) -> dict: return dict(accuracies=self.accuracies.cpu(), epoch=self.epoch)
-    def load_state_dict(self, state: dict) -> None: self.accuracies, self.epoch = state['accuracies'].to(self.accuracies), state['epoch']
+    def load_state_dict(self, state: dict) -> None: self.measured(state['epoch'], state['accuracies'])
 
 # %% ../../nbs/methods/591_reweighting.ipynb #228a8c1e
 def weighted_stage(
     context: Context,  # fresh network
-    weigher,  # with `before_step`, `after_epoch`, `accuracies` and state
+    weigher,  # with `draw`, `before_step` (recordable), `after_epoch`, `accuracies` and state
     lot: Lot,  # of the loss
 ) -> Stage:  # over the whole network
     "Instance-balanced training under strong augmentation and class weights."
     loss = sample_loss(context, lot)
     stage = representation_stage(context, lambda z, b: weighted_mean(loss(z, b['y']), b['weight']), view=strong_view(context))
-    def before_step(batch: dict, lr: float) -> dict:
-        lot.throw()
-        return weigher.before_step(batch, lr)
-    stage.before_step, stage.after_epoch, stage.state = before_step, weigher.after_epoch, dict(weigher=weigher, lot=lot)
+    stage.draw, stage.before_step, stage.recordable = (lambda: lot.draw() | weigher.draw()), weigher.before_step, True
+    stage.after_epoch, stage.state = weigher.after_epoch, dict(weigher=weigher, lot=lot)
     context.notes['meta_images'] = len(context.tail.meta)
     if context.settings.select == 'val':
         best = KeepBest(context.network, score=lambda: weigher.accuracies.mean().item())

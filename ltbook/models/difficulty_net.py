@@ -41,9 +41,10 @@ TARGETS = {'relative': lambda a: 1 - a/(a.sum() + 1e-12), 'absolute': lambda a: 
 def difficulty_target(
     accuracies: Tensor,  # (C,) in [0, 1]
     target: str = 'relative',  # relative | absolute
+    check: bool = True,  # False doesn't look at the values, so that the step can be recorded
 ) -> Tensor:  # (C,)
     "What the driver wants the difficulties to be. Raises `UserError` for accuracies outside [0, 1]."
-    if not ((accuracies >= 0) & (accuracies <= 1)).all(): raise UserError(f'Accuracies lie in [0, 1], got {accuracies.min().item():g} to {accuracies.max().item():g}: give fractions, not percent.')
+    if check and not ((accuracies >= 0) & (accuracies <= 1)).all(): raise UserError(f'Accuracies lie in [0, 1], got {accuracies.min().item():g} to {accuracies.max().item():g}: give fractions, not percent.')
     return TARGETS[one_of(target, TARGETS, 'difficulty target')](accuracies)
 
 # %% ../../nbs/models/18_difficulty_net.ipynb #22f9d017
@@ -51,9 +52,10 @@ def driver_loss(
     difficulty: Tensor,  # (C,) outputs of the network, not the weights
     accuracies: Tensor,  # (C,) in [0, 1]
     target: str = 'relative',  # see `difficulty_target`
+    check: bool = True,  # likewise
 ) -> Tensor:  # scalar
-    "Mean squared distance to the target."
-    return (difficulty - difficulty_target(accuracies, target)).square().mean()
+    "Mean squared distance to the target. Raises `UserError` for accuracies outside [0, 1]."
+    return (difficulty - difficulty_target(accuracies, target, check)).square().mean()
 
 # %% ../../nbs/models/18_difficulty_net.ipynb #982e1839
 def driver_optimum(

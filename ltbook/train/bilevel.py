@@ -72,7 +72,7 @@ def meta_gradient_reference(
     batch: dict,  # x, y of the training batch
     meta: dict,  # x, y of the meta batch
     weights: Tensor,  # (C,) class weights
-    lr: float,  # alpha, of the virtual step
+    lr: float | Tensor,  # alpha, of the virtual step; a tensor is ()
     loss: Callable[[Tensor, Tensor], Tensor] = plain_cross_entropy,  # of a training sample: (logits, y) -> (B,)
     meta_loss: Callable[[Tensor, Tensor], Tensor] = plain_cross_entropy,  # of a meta sample
 ) -> tuple[Tensor, Tensor]:  # dM/dw (C,), M
@@ -92,7 +92,7 @@ def meta_gradient(
     batch: dict,  # x, y of the training batch
     meta: dict,  # x, y of the meta batch
     weights: Tensor,  # (C,) class weights
-    lr: float,  # alpha, of the virtual step
+    lr: float | Tensor,  # alpha, of the virtual step; a tensor is ()
     loss: Callable[[Tensor, Tensor], Tensor] = plain_cross_entropy,  # of a training sample: (logits, y) -> (B,)
     meta_loss: Callable[[Tensor, Tensor], Tensor] = plain_cross_entropy,  # of a meta sample
     dtype: torch.dtype | None = None,  # of the three passes; None: that of the parameters

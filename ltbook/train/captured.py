@@ -65,9 +65,10 @@ class TensorSGD:
 def can_capture(
     stage: Stage,  # any stage
 ) -> bool:  # whether its step is a function of plan, lambda, rate and network alone
-    "Views with `plan` and `apply`, no `before_step`, no state but the best weights and the memory of `draw`."
+    "Views with `plan` and `apply`, no `before_step` or a recordable one, no state but the best weights and what `draw` and a recordable step remember."
     planned = all(callable(getattr(stage.view, k, None)) for k in ('plan', 'apply'))
-    return planned and stage.before_step is None and (stage.draw is not None or all(isinstance(s, KeepBest) for s in stage.state.values()))
+    trusted = stage.draw is not None or all(isinstance(s, KeepBest) for s in stage.state.values())
+    return planned and (stage.recordable or (stage.before_step is None and trusted))
 
 # %% ../../nbs/train/401_captured_step.ipynb #22ceef3a
 class Replay:
@@ -114,7 +115,7 @@ class CapturedStep:
     ):
         if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, TensorSGD(optimizer), compute
-        self.lam, self.loss = (torch.ones((), device=compute.device) for _ in range(2))
+        self.lam, self.lr, self.loss = (torch.ones((), device=compute.device) for _ in range(3))
         self.plans, self.drawn, self.numbers, self.steps, self.on_gpu = {}, {}, {}, {}, compute.device.type == 'cuda'
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
@@ -123,9 +124,10 @@ class CapturedStep:
         plan: Tensor,  # int64 (rows, B), one of the buffers
         numbers: dict | None = None,  # plain ones of `draw`, which a recording freezes; None takes those of the last call
     ) -> None:
-        "Batch, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
+        "Batch, meta step, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
         s = self.stage
         batch = s.view.apply(plan, self.lam) | self.drawn | (self.numbers if numbers is None else numbers)
+        if s.before_step: batch = s.before_step(batch, self.lr)
         self.loss.copy_(s.update(batch, self.sgd, self.compute))
 
     def _prepared(self, plan: Tensor) -> tuple[Tensor, Callable[[], None]]:
@@ -155,6 +157,7 @@ class CapturedStep:
         buffer, step = self._prepared(plan)
         buffer.copy_(send(plan), non_blocking=True)
         self.lam.copy_(send(lam), non_blocking=True)
+        if lr != self.sgd.lr: self.lr.fill_(lr)
         self.sgd.set_lr(lr)
         step()
         return self.loss

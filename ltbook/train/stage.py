@@ -46,7 +46,8 @@ class Stage:
     set_mode: Callable[[nn.Module], None] = nn.Module.train  # called at the start of every epoch
     before_epoch: Callable[[int], None] | None = None  # called with every epoch from 0, before its first batch
     draw: Callable[[], dict] | None = None  # what else a batch has that doesn't depend on it: tensors on the CPU, of shapes that stay, and plain numbers
-    before_step: Callable[[dict, float], dict] | None = None  # (batch, lr) -> batch, for example with weights added
+    before_step: Callable[[dict, float | Tensor], dict] | None = None  # (batch, lr) -> batch, for example with weights added
+    recordable: bool = False  # of a `before_step`: arithmetic alone, on tensors that stay where they are and change in place
     after_epoch: Callable[[int], dict] | None = None  # epoch -> what to log: numbers, or tensors (curves)
     state: dict[str, object] = field(default_factory=dict)  # more things to save and resume: name -> object with state_dict / load_state_dict
     stop: Callable[[int], bool] | None = None  # epochs done -> whether that is enough; asked before every epoch

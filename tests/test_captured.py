@@ -21,6 +21,7 @@ from ltbook.train.captured import CapturedStep, Replay, TensorSGD, can_capture, 
 from ltbook.train.compute import Compute
 from ltbook.train.loop import NonFiniteLoss, fit, train_epoch
 from ltbook.train.stage import KeepBest
+from ltbook.train.tape import TapeCuda
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1'), ('ride', 'stage1'), ('dirmixe', 'stage1'),
@@ -45,11 +46,19 @@ def values(stage, optimizer):
     return torch.cat([v.double().flatten() for v in (*stage.network.state_dict().values(), *kept)])
 
 
-def trained(method, name, capture, epochs=3, precision='fp32', **changes):
+def counts_on_the_device(stage, monkeypatch):
+    "Adam in the form it has on a GPU, where its count of steps lies on the device; PyTorch allows it nowhere else"
+    monkeypatch.setattr(sys.modules['torch.optim.adam'], '_get_capturable_supported_devices', lambda *a, **k: ['cpu'])
+    weigher = stage.state.get('weigher')
+    if isinstance(weigher, DifficultyWeigher): weigher.optimizer.param_groups[0]['capturable'] = True
+
+
+def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkeypatch=None, **changes):
     stage, compute = stage_of(method, name, **changes), Compute(precision=precision, capture=capture)
+    if monkeypatch: counts_on_the_device(stage, monkeypatch)
     compute.prepare(stage.network)
     optimizer, rng = stage.optimizer(), np.random.default_rng(1)
-    step = captured_step(stage, optimizer, compute)
+    step = CapturedStep(stage, optimizer, compute, cuda) if cuda else captured_step(stage, optimizer, compute)
     assert (step is not None) == capture
     stage.lr = lambda e: (.05, .02, .01)[e]                    # the rate must be followed, not recorded
     losses = []
@@ -70,6 +79,30 @@ def same(a, b):
 def test_same_as_the_loop(method, name):
     "Whole and partial batches, a rate that changes, group factors, a frozen backbone with moving statistics"
     same(trained(method, name, False), trained(method, name, True))
+
+
+REPLAYED = ([(m, n, {}) for m, n in STAGES] + [('balanced_softmax', 'stage1', dict(first_side=4, nesterov=True, precision='bf16')), ('difficulty_net', 'stage1', dict(meta_grad='none'))]
+            + [(m, 'stage1', dict(loss=v, head='cosine' if v == 'ldam' else 'linear')) for m in ('difficulty_net', 'reweighting') for v in LOSSES])
+
+
+@pytest.mark.parametrize('method, name, changes', REPLAYED, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in REPLAYED])
+def test_replayed_it_is_the_loop(method, name, changes, monkeypatch):
+    "Operations done again on the same memory, no Python between them: to the last bits what the loop does"
+    changes, cuda = dict(batch_size=32, monkeypatch=monkeypatch) | changes, TapeCuda()
+    a, b = trained(method, name, False, **changes), trained(method, name, True, cuda=cuda, **changes)
+    assert max(g.replays for g in cuda.graphs) > 3
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6)
+
+
+def test_replaying_notices_what_stays_in_python(monkeypatch):
+    "Accuracies that are replaced and not overwritten: right when called, frozen when replayed"
+    def measured(self, epoch, accuracies): self.epoch, self.accuracies = epoch, accuracies
+    changes = dict(batch_size=32, monkeypatch=monkeypatch, network_lr=1e-2)
+    monkeypatch.setattr(DifficultyWeigher, 'measured', measured)
+    loop, called, replayed = (trained('difficulty_net', 'stage1', c, cuda=t, **changes) for c, t in ((False, None), (True, None), (True, TapeCuda())))
+    same(loop, called)
+    assert (loop[1] - replayed[1]).abs().max() > 1e-3
 
 
 def test_same_in_bf16_with_nesterov():
@@ -127,10 +160,7 @@ def test_losses_of_samples_ask_nothing(loss, monkeypatch):
 
 
 def nothing_asked(stage, monkeypatch):
-    "Adam in the form it has on a GPU, where its count of steps lies on the device"
-    monkeypatch.setattr(sys.modules['torch.optim.adam'], '_get_capturable_supported_devices', lambda *a, **k: ['cpu'])
-    weigher = stage.state.get('weigher')
-    if isinstance(weigher, DifficultyWeigher): weigher.optimizer.param_groups[0]['capturable'] = True
+    counts_on_the_device(stage, monkeypatch)
     Compute().prepare(stage.network)
     step = CapturedStep(stage, stage.optimizer(), Compute(capture=True))
     stage.set_mode(stage.network)

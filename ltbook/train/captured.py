@@ -112,12 +112,14 @@ class CapturedStep:
         stage: Stage,  # see `can_capture`; prepared, and with the weights it goes on from
         optimizer: torch.optim.SGD,  # from `stage.optimizer()`, restored if it has to be
         compute: Compute,  # device and precision
+        cuda=None,  # a stand-in for `torch.cuda`, for tests: records on a CPU too
     ):
         if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, TensorSGD(optimizer), compute
         self.lam, self.lr, self.loss = (torch.ones((), device=compute.device) for _ in range(3))
         self.plans, self.drawn, self.numbers, self.steps, self.on_gpu = {}, {}, {}, {}, compute.device.type == 'cuda'
-        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.cuda = torch.cuda if self.on_gpu else cuda
+        self.pool = self.cuda.graph_pool_handle() if self.cuda else None
 
     def arithmetic(
         self,
@@ -138,7 +140,7 @@ class CapturedStep:
         if key not in self.steps:
             run = lambda: self.arithmetic(self.plans[size], numbers)
             together = self.compute.pack
-            self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool) if self.on_gpu else run
+            self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool, cuda=self.cuda) if self.cuda else run
         return self.plans[size], self.steps[key]
 
     def __call__(

@@ -7,13 +7,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import ltbook.methods.method as method_module
 from ltbook.data.checks import UserError
 from ltbook.data.images import load_images
 from ltbook.data.parts import class_splits, expert_part, expert_positions, held_out_counts, hold_out, open_count, reserve
-from ltbook.data.profile import long_tail, long_tail_counts
+from ltbook.data.profile import long_tail
 from ltbook.methods.class_balanced_experts import train_only
 from ltbook.models.fusion import JointCalibration, fuse, reject_shift
 from ltbook.models.resnet_cifar import ResNet32

@@ -1,6 +1,5 @@
 "Difficulty-Net and its relatives: the bilevel step against definitions, a toy on which the modes must differ, exact resume, bad input"
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from ltbook.data.checks import UserError
 from ltbook.data.meta_set import MetaTail, meta_tail
 from ltbook.data.sampling import ClassAwareSampler
 from ltbook.losses.cross_entropy import balanced_softmax
-from ltbook.methods.difficulty_net import DifficultyWeigher, gradients
+from ltbook.methods.difficulty_net import gradients
 from ltbook.methods.method import get_method
 from ltbook.methods.reweighting import class_accuracies
 from ltbook.models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss

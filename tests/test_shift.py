@@ -1,6 +1,5 @@
 "Label shift: test sets, corrections, views, mixing and whole runs, against loops, torchvision and finite differences"
 import json
-import math
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from ltbook.data.shift import RATIOS, dirichlet_shift, ratio_shift, ratio_shifts
 from ltbook.data.stores import ImageSet
 from ltbook.data.views import JITTERS, RandomViews, blur, grey
 from ltbook.losses.experts import sade_adjustment, skill_diverse_loss
-from ltbook.measure.aggregation import agreement, learn_weights, mix
+from ltbook.measure.aggregation import learn_weights, mix
 from ltbook.measure.label_shift import estimate_prior, replace_prior
 from ltbook.runs.folder import load_run
 from ltbook.runs.recipe import recipe

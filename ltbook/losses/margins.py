@@ -9,7 +9,7 @@ __all__ = ['focal_loss', 'equalization_loss', 'logit_adjustment', 'adjusted_logi
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..data.checks import UserError
-from .cross_entropy import reduced, weighted_mean
+from .cross_entropy import reduced
 from .experts import ldam_margins
 
 # %% ../../nbs/losses/26_margins.ipynb #3a1fd8fe

@@ -9,7 +9,7 @@ __all__ = ['balanced', 'stage1']
 import torch
 from ..losses.cross_entropy import balanced_softmax
 from .fast import fast_rows
-from .method import Context, Method, Published, Settings, register
+from .method import Context, Method, Published, register
 from .stages import representation_stage
 from ..train.stage import Stage
 

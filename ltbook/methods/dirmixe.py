@@ -11,7 +11,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Literal
 import math
-import numpy as np, torch
+import torch
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.images import ImageData

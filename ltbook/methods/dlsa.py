@@ -11,11 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 import numpy as np, torch
-from torch import Tensor, nn
 from ..data.checks import UserError, one_of
 from ..data.features import FeatureSet
 from ..losses.flow_losses import BalanceLoss, likelihood_loss, purity_loss, tail_weights
-from .label_space import LabelSpace, dlsa_data, dlsa_network, dlsa_split, label_space, stage1
+from .label_space import dlsa_data, dlsa_network, dlsa_split, label_space, stage1
 from .method import Context, Method, Published, Settings, register
 from .routed_heads import BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head
 from ..models.flow_filter import FlowFilter, read_rows

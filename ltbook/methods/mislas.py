@@ -7,7 +7,6 @@ __all__ = ['RECIPES', 'mislas', 'MislasSettings', 'stage1', 'strength', 'stage2'
 
 # %% ../../nbs/methods/52_mislas.ipynb #90cd9945
 from typing import Literal
-from torch import nn
 from ..losses.smoothing import label_aware_smoothing, smoothing_strength
 from .fast import fast_rows
 from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register

@@ -7,7 +7,6 @@ __all__ = ['MAPS', 'NormedCosine', 'LevelHead', 'start_head', 'linear_of', 'leve
            'BestState', 'HeadPlan', 'heads_stage']
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #a23663d8
-from collections.abc import Callable
 from dataclasses import dataclass, field
 import math
 import numpy as np, torch, torch.nn.functional as F

@@ -6,7 +6,7 @@
 __all__ = ['dependence', 'Made', 'FlowBatchNorm', 'MaskedFlow']
 
 # %% ../../nbs/models/15_flow.ipynb #66c7223b
-import torch, torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from zuko.nn import MaskedMLP
 from ..data.checks import UserError

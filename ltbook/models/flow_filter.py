@@ -9,7 +9,6 @@ __all__ = ['squared_distances', 'component_densities', 'log_likelihood', 'draw_c
 import math
 import torch
 from torch import Tensor, nn
-from ..data.checks import UserError
 from .flow import MaskedFlow
 
 # %% ../../nbs/models/16_flow_filter.ipynb #7fa4fc35

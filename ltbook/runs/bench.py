@@ -21,7 +21,7 @@ from ..measure.report import measures
 from ..models.expert_resnet import ExpertResNet32
 from ..models.resnet_cifar import ResNet32
 from . import bench_gpu, bench_testing as testing, bench_training as training
-from .bench_training import NotRun, not_run
+from .bench_training import NotRun
 from .folder import find_outputs
 from .run import git_state
 from .seeds import cores

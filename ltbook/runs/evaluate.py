@@ -12,7 +12,7 @@ import numpy as np
 from ..data.checks import UserError
 from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method
-from .folder import Run, load_run
+from .folder import Run
 from .run import make_context, read_stage, stage_logits
 from ..train.stage import Stage
 

@@ -10,7 +10,6 @@ __all__ = ['PACKAGES', 'STAGE1_FIELDS', 'make_context', 'stage_logits', 'read_st
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, platform, resource, subprocess, sys, time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ import h5py, numpy as np, torch
 from ..data.checks import UserError
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
-from ..methods.method import Context, Method, get_method, recipe_data
+from ..methods.method import Context, get_method, recipe_data
 from .folder import Run, load_run, run_id
 from .recipe import Recipe, recipe
 from ..train.compute import Compute, find_device

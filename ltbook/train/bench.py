@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 import numpy as np, torch
-from torch import Tensor
 from ..data.augment import TrainView
 from ..data.sampling import InstanceBalanced
 from ..data.stores import ImageSet

@@ -6,7 +6,7 @@
 __all__ = ['NonFiniteLoss', 'check_finite', 'training_step', 'train_epoch', 'predict', 'snapshot', 'restore', 'finish', 'fit']
 
 # %% ../../nbs/train/45_loop.ipynb #612f166f
-import json, math, time, zlib
+import json, time, zlib
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np, pandas as pd, torch

@@ -23,7 +23,7 @@ from ..models.resnet_cifar import ResNet32
 from . import bench_gpu, bench_testing as testing, bench_training as training
 from .bench_training import NotRun
 from .folder import find_outputs
-from .run import git_state
+from .environment import git_state
 from .seeds import cores
 from .time_to_accuracy import time_row
 from ..train.bench import MEAN, STD, noise_images, rate, take_turns

@@ -21,8 +21,8 @@ from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
 from .evaluate import trained_stages
 from .folder import Run
-from .recipe import Recipe
-from .run import STAGE1_FIELDS, make_context, open_folder, stage_logits
+from .recipe import STAGE1_FIELDS, Recipe
+from .run import make_context, open_folder, stage_logits
 from ..train.compute import Compute
 from ..train.files import read_rows, write_atomic, write_rows
 from ..train.loop import fit

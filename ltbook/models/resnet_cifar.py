@@ -41,7 +41,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.same else subsample_and_pad(x, self.c_out, self.stride)), inplace=True)
+        y += x if self.same else subsample_and_pad(x, self.c_out, self.stride)      # in place: no backward pass needs the y before
+        return F.relu(y, inplace=True)
 
 # %% ../../nbs/models/12_resnet_cifar.ipynb #0faeecdb
 def block_group(

@@ -1,6 +1,8 @@
 "The captured step is the ordinary step: same numbers, nothing asked of the device, nothing that only the loop would notice"
+import gc
 import json
 import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from ltbook.data.augment import PlainView, TrainView
+from ltbook.data.auto_augment import AutoAugment
 from ltbook.data.checks import UserError
 from ltbook.methods.difficulty_net import DifficultyWeigher
 from ltbook.methods.method import get_method
@@ -18,8 +21,8 @@ from ltbook.runs.folder import run_id
 from ltbook.runs.recipe import Recipe, recipe, recipe_hash
 from ltbook.runs.run import make_context
 from ltbook.train.captured import CapturedStep, Replay, TensorSGD, can_capture, captured_step, host_questions
-from ltbook.train.compute import Compute
-from ltbook.train.loop import NonFiniteLoss, fit, train_epoch
+from ltbook.train.compute import Compute, find_device
+from ltbook.train.loop import NonFiniteLoss, fit, predict, train_epoch
 from ltbook.train.stage import KeepBest
 from ltbook.train.tape import TapeCuda
 
@@ -40,17 +43,19 @@ def stage_of(method, name='stage1', n=150, **changes):
 
 
 def values(stage, optimizer):
-    "Weights, statistics and momenta in one vector; of a network that learns weights too"
+    "Weights, statistics and momenta in one vector; of a network that learns weights too, with its Adam and what it logs"
     kept = [s['momentum_buffer'] for s in optimizer.state.values() if s.get('momentum_buffer') is not None]
-    if isinstance(stage.state.get('weigher'), DifficultyWeigher): kept += stage.state['weigher'].g.state_dict().values()
+    if isinstance(stage.state.get('weigher'), DifficultyWeigher):
+        w = stage.state['weigher']
+        kept += [*w.g.state_dict().values(), *w.sums.values(), *(v for s in w.optimizer.state.values() for v in s.values())]
     return torch.cat([v.double().flatten() for v in (*stage.network.state_dict().values(), *kept)])
 
 
-def counts_on_the_device(stage, monkeypatch):
-    "Adam in the form it has on a GPU, where its count of steps lies on the device; PyTorch allows it nowhere else"
+def counts_on_the_device(stage, monkeypatch, foreach=True):
+    "Adam in the form it has on a GPU, where its count of steps lies on the device; PyTorch allows it nowhere else, and with foreach makes a number of its own on a CPU"
     monkeypatch.setattr(sys.modules['torch.optim.adam'], '_get_capturable_supported_devices', lambda *a, **k: ['cpu'])
     weigher = stage.state.get('weigher')
-    if isinstance(weigher, DifficultyWeigher): weigher.optimizer.param_groups[0]['capturable'] = True
+    if isinstance(weigher, DifficultyWeigher): weigher.optimizer.param_groups[0] |= dict(capturable=True, foreach=foreach)
 
 
 def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkeypatch=None, **changes):
@@ -63,8 +68,8 @@ def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkey
     stage.lr = lambda e: (.05, .02, .01)[e]                    # the rate must be followed, not recorded
     losses = []
     for e in range(epochs):
-        losses.append(train_epoch(stage, e, optimizer, rng, compute, step=step))
-        if stage.after_epoch: stage.after_epoch(e)             # accuracies, and weights from them, must be followed too
+        losses.append(train_epoch(stage, e, optimizer, rng, compute, step=step)[0])
+        if stage.after_epoch: losses += [v.mean().item() for v in stage.after_epoch(e).values()]       # accuracies, and weights from them, must be followed too
     if step: assert len(step.plans) == 1 + (len(stage.sampler) % stage.batch_size > 0)
     return losses, values(stage, optimizer), rng.bit_generator.state
 
@@ -92,7 +97,7 @@ def test_replayed_it_is_the_loop(method, name, changes, monkeypatch):
     a, b = trained(method, name, False, **changes), trained(method, name, True, cuda=cuda, **changes)
     assert max(g.replays for g in cuda.graphs) > 3
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-    torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_replaying_notices_what_stays_in_python(monkeypatch):
@@ -103,6 +108,66 @@ def test_replaying_notices_what_stays_in_python(monkeypatch):
     loop, called, replayed = (trained('difficulty_net', 'stage1', c, cuda=t, **changes) for c, t in ((False, None), (True, None), (True, TapeCuda())))
     same(loop, called)
     assert (loop[1] - replayed[1]).abs().max() > 1e-3
+
+
+def test_replaying_notices_a_history_that_stays_in_python(monkeypatch):
+    "Sums that are replaced and not added to: the weights are right, what is logged is not"
+    class Replaced(dict):
+        def __setitem__(self, k, v): super().__setitem__(k, self[k].clone().copy_(v) if k in self else v)
+    def init(self, *a, **k): plain(self, *a, **k); self.sums = Replaced(self.sums)
+    plain = DifficultyWeigher.__init__
+    monkeypatch.setattr(DifficultyWeigher, '__init__', init)
+    loop, replayed = (trained('difficulty_net', 'stage1', c, cuda=t, batch_size=32, monkeypatch=monkeypatch) for c, t in ((False, None), (True, TapeCuda())))
+    assert not np.allclose(loop[0], replayed[0], rtol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize('changes', [dict(auto_augment=True), dict(cutout_side=4, pad_mode='reflect+constant')], ids=['auto', 'cutout'])
+def test_strong_views_replayed(changes, monkeypatch):
+    "The views of the CIFAR recipes, AutoAugment in the form it has on a GPU"
+    from ltbook.data import augment
+    monkeypatch.setattr(augment, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
+    cuda, changes = TapeCuda(), dict(batch_size=32, monkeypatch=monkeypatch, **changes)
+    a, b = trained('difficulty_net', 'stage1', False, **changes), trained('difficulty_net', 'stage1', True, cuda=cuda, **changes)
+    assert max(g.replays for g in cuda.graphs) > 3
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6, equal_nan=True)
+    stage = stage_of('reweighting', **{k: v for k, v in changes.items() if k not in ('batch_size', 'monkeypatch')})
+    plan, lam = stage.view.plan(np.arange(16), np.random.default_rng(0))
+    assert host_questions(lambda: stage.view.apply(plan, lam)) == []
+
+
+def test_a_finished_stage_lets_go():
+    "No graph, no gradient and no cycle is left for the next recording to meet"
+    stage, steps = stage_of('cross_entropy', n=64, batch_size=32), []
+    import ltbook.train.loop as loop
+    made = loop.captured_step
+    def noted(*a): step = made(*a); steps.append(weakref.ref(step)); return step
+    gc.collect(); gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(loop, 'captured_step', noted)
+            fit(stage, Compute(capture=True))
+        assert steps[0]() is None and all(p.grad is None for p in stage.network.parameters())
+    finally: gc.enable()
+
+
+def test_evaluation_leaves_cudnn_on():
+    seen = []
+    def outputs(net, x):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return dict(logits=net(x))
+    before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
+    predict(nn.Linear(2, 3), lambda i: dict(x=torch.ones(len(i), 2)), 4, outputs)
+    assert seen == [(before[0], False)] and (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_a_gpu_has_a_number(monkeypatch):
+    "`torch.cuda.set_device` refuses a device without one"
+    from torch._utils import _get_device_index
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert [_get_device_index(find_device(n)) for n in ('auto', 'cuda', 'cuda:0', 'cuda:1')] == [0, 0, 0, 1]
+    with pytest.raises(ValueError): _get_device_index(torch.device('cuda'))
 
 
 def test_same_in_bf16_with_nesterov():
@@ -160,7 +225,7 @@ def test_losses_of_samples_ask_nothing(loss, monkeypatch):
 
 
 def nothing_asked(stage, monkeypatch):
-    counts_on_the_device(stage, monkeypatch)
+    counts_on_the_device(stage, monkeypatch, foreach=False)
     Compute().prepare(stage.network)
     step = CapturedStep(stage, stage.optimizer(), Compute(capture=True))
     stage.set_mode(stage.network)
@@ -168,6 +233,9 @@ def nothing_asked(stage, monkeypatch):
     before, plan = values(stage, step.sgd.optimizer), step.plans[16]
     def asked(*a, **k): raise AssertionError('the device was asked for a value')
     for k in ('item', 'cpu', 'tolist', 'numpy', 'nonzero', '__bool__', '__float__', '__int__', '__index__'): monkeypatch.setattr(torch.Tensor, k, asked)
+    as_tensor = torch.as_tensor
+    monkeypatch.setattr(torch, 'as_tensor', lambda v, *a, **k: as_tensor(v, *a, **k) if isinstance(v, torch.Tensor) else asked())       # would be brought from the processor
+    monkeypatch.setattr(torch, 'from_numpy', asked)
     questions = host_questions(lambda: step.arithmetic(plan))
     monkeypatch.undo()
     assert questions == [] and not torch.equal(values(stage, step.sgd.optimizer), before)
@@ -269,7 +337,7 @@ class FakeCuda:
     def stream(self, s): self.streams.append(f'on {s.name}'); yield; self.streams.append(f'off {s.name}')
 
     @contextmanager
-    def graph(self, graph, pool=None): self.tape = graph; self.pools.append(pool); yield; self.tape = None
+    def graph(self, graph, pool=None, stream=None): self.tape = graph; self.pools.append(pool); yield; self.tape = None
     def launch(self, f): self.tape.calls.append(f) if self.tape else f()
 
 
@@ -300,7 +368,8 @@ def test_a_failed_recording_is_not_replayed():
     def fails(): raise RuntimeError('operation not permitted when stream is capturing')
     step = Replay(fails, 0, cuda=cuda)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match='capturing'): step()
+        with pytest.raises(RuntimeError, match='capturing.*--set capture=false'): step()
+    assert gc.isenabled()
     assert step.graph is None
 
 

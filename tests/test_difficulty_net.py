@@ -68,7 +68,7 @@ class TestBilevel:
         rng, seen = np.random.default_rng(0), []
         for _ in range(6):
             batch = stage.before_step(stage.view(rng.integers(0, 200, 32), rng) | stage.draw(), .1)
-            seen.append(lot.yes)
+            seen.append(lot.yes.item())
             a, _ = meta_gradient(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
             b, _ = meta_gradient_reference(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
             assert lot.yes == seen[-1] and (a - b).abs().max() <= 1e-5*max(1., b.abs().max())

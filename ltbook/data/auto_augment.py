@@ -175,7 +175,9 @@ class AutoAugment:
         side: int,  # of the images, pixels
         channels: int = 3,  # 1 or 3
         device='cpu',  # where the images lie
+        dense: bool | None = None,  # every operation on all images, with the identity for those it does not concern; None: not on a CPU, where picking pays
     ):
+        self.dense = torch.device(device).type != 'cpu' if dense is None else dense
         if channels not in (1, 3) or side < 3:
             raise UserError(f'AutoAugment needs 1 or 3 channels and at least 3 pixels a side, got {channels} and {side}: switch it off.')
         table = signed_moves(side)
@@ -208,7 +210,7 @@ class AutoAugment:
         x = x.clone(memory_format=torch.contiguous_format)
         for move in steps:
             for act, acts, tables in self.families:
-                if x.is_cpu:
+                if not self.dense:
                     at = acts[move].nonzero()[:, 0]
                     x[at] = act(x.index_select(0, at), *(t[move[at]] for t in tables))
                 else: x = act(x, *(t[move] for t in tables))

@@ -17,11 +17,11 @@ class Sampler:
     _keep: tuple[str, ...] = ()  # names of what a subclass remembers between epochs
     def __init__(
         self,
-        labels,  # (n,) ints 0..K-1, array or tensor
+        labels,  # (n,) ints 0..K-1, array or tensor, on any device
         seed: int = 0,  # seed of the sampler's own generator
         n_draws: int | None = None,  # positions an epoch; default n
     ):
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = np.asarray(labels.cpu() if hasattr(labels, 'cpu') else labels, dtype=np.int64)
         if not len(self.labels): raise UserError('A sampler needs at least one image.')
         if self.labels.min() < 0: raise UserError(f'Labels start at 0, got {self.labels.min()}.')
         self.counts = np.bincount(self.labels)

@@ -32,17 +32,19 @@ def equalization_loss(
     y: Tensor,  # (B,) labels
     counts: Tensor,  # (C,) train counts, positive
     threshold: float = 0.005,  # lambda: a class with a smaller share of the images is rare; 0.005 on CIFAR-100
-    drop: bool | float = True,  # s: True or False, or its probability for one draw a batch; 0.9 on CIFAR-100
+    drop: bool | float | Tensor = True,  # s: True or False, or its probability for one draw a batch, 0.9 on CIFAR-100; a tensor () of 0 or 1 is taken as it is, unread
     generator: torch.Generator | None = None,  # on the CPU, for the draw
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
     "Sigmoid cross-entropy whose negatives spare rare classes. Raises `UserError` for a drop outside [0, 1] or a draw without generator."
-    if not 0 <= drop <= 1: raise UserError(f'drop is True, False or a probability in [0, 1], got {drop}.')
-    if 0 < drop < 1:
-        if generator is None: raise UserError(f'A drop with probability {drop} needs a generator.')
-        drop = torch.rand((), generator=generator).item() < drop
+    if not isinstance(drop, Tensor):
+        if not 0 <= drop <= 1: raise UserError(f'drop is True, False or a probability in [0, 1], got {drop}.')
+        if 0 < drop < 1:
+            if generator is None: raise UserError(f'A drop with probability {drop} needs a generator.')
+            drop = torch.rand((), generator=generator).item() < drop
+        drop = float(drop)
     n, positive = counts.double(), torch.zeros_like(logits).scatter(1, y[:, None], 1.)
-    spared = (n < threshold * n.sum()).to(logits) * (1 - positive) * float(drop)
+    spared = (n < threshold * n.sum()).to(logits) * (1 - positive) * drop
     return reduced(((1 - spared) * F.binary_cross_entropy_with_logits(logits, positive, reduction='none')).sum(1), reduction)
 
 # %% ../../nbs/losses/26_margins.ipynb #731e0ddb

@@ -54,6 +54,7 @@ def gradients(
     return list(pull), list(torch.autograd.grad(w, params, dm.to(w))), driver.detach(), m
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #cfdcac69
+# means over an epoch, by mode
 LOGGED = dict(none=('driver_loss', 'driver_gradient', 'meta_gradient'), exact=('driver_loss', 'driver_gradient', 'meta_gradient', 'meta_loss', 'gradient_cosine'))
 
 class DifficultyWeigher(ClassWeigher):
@@ -129,7 +130,7 @@ def stage1(
 ) -> Stage:  # over the whole network
     "Training under weights that are learned on the way."
     s, g, lot = context.settings, difficulty_network(context), make_lot(context)
-    adam = torch.optim.Adam(g.parameters(), s.network_lr, weight_decay=s.network_decay, capturable=context.compute.device.type == 'cuda')
+    adam = torch.optim.Adam(g.parameters(), s.network_lr, weight_decay=s.network_decay, capturable=context.compute.capture and context.compute.device.type == 'cuda')
     stage = weighted_stage(context, DifficultyWeigher(context, g, adam, sample_loss(context, lot)), lot)
     stage.before_epoch = None      # the meta images have their full side, so the others may not grow
     return stage

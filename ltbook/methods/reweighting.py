@@ -73,16 +73,23 @@ def strong_view(
 
 # %% ../../nbs/methods/591_reweighting.ipynb #4ec3fd56
 class Lot:
-    "Yes or no by lot, once a batch; saved and resumed with its stage."
+    "Yes or no by lot, once a batch, in a tensor that stays where it is; saved and resumed with its stage."
     def __init__(
         self,
         seed: int,  # of the generator
         probability: float = 1.0,  # of yes
-    ): self.generator, self.probability, self.yes = torch.Generator().manual_seed(seed), probability, True
+        device='cpu',  # of the tensor
+    ):
+        self.generator, self.probability = torch.Generator().manual_seed(seed), probability
+        self.yes = torch.ones((), device=device)  # 1 or 0
+
     def draw(self) -> dict:
-        "For a stage's `draw`: throw, and say how it fell."
-        self.yes = torch.rand((), generator=self.generator).item() < self.probability
-        return dict(lot=self.yes)
+        "For a stage's `draw`: throw, and say how it fell, `lot` (), on the CPU."
+        return dict(lot=(torch.rand((), generator=self.generator) < self.probability).float())
+    def take(self, batch: dict) -> dict:
+        "For a stage's `before_step`: go by what was drawn for this batch."
+        self.yes.copy_(batch['lot'])
+        return batch
     def state_dict(self) -> dict: return dict(state=self.generator.get_state())
     def load_state_dict(self, state: dict) -> None: self.generator.set_state(state['state'])
 
@@ -100,7 +107,7 @@ def make_lot(
 ) -> Lot:  # whether a batch spares rare classes
     "The lot of a run; one that always falls the same where no loss asks for it."
     s = context.settings
-    return Lot(context.recipe.seed, s.equalization_drop if s.loss == 'equalization' else 1.)
+    return Lot(context.recipe.seed, s.equalization_drop if s.loss == 'equalization' else 1., context.compute.device)
 
 def sample_loss(
     context: Context,  # counts and settings
@@ -143,9 +150,13 @@ class ClassWeigher:
         self.accuracies.copy_(accuracies)
         self.current.copy_(self.weights())
 
-    def draw(self) -> dict: return {}
+    def draw(self) -> dict:
+        "For a stage's `draw`: nothing here."
+        return {}
 
-    def before_step(self, batch: dict, lr: float | Tensor) -> dict: return batch | dict(weight=self.current[batch['y']])
+    def before_step(self, batch: dict, lr: float | Tensor) -> dict:
+        "The batch with `weight` (B,), those of its labels `y` (B,)."
+        return batch | dict(weight=self.current[batch['y']])
 
     def after_epoch(self, epoch: int) -> dict:
         "Measure, and log what was used and what was found."
@@ -165,7 +176,7 @@ def weighted_stage(
     "Instance-balanced training under strong augmentation and class weights."
     loss = sample_loss(context, lot)
     stage = representation_stage(context, lambda z, b: weighted_mean(loss(z, b['y']), b['weight']), view=strong_view(context))
-    stage.draw, stage.before_step, stage.recordable = (lambda: lot.draw() | weigher.draw()), weigher.before_step, True
+    stage.draw, stage.before_step, stage.recordable = (lambda: lot.draw() | weigher.draw()), (lambda batch, lr: weigher.before_step(lot.take(batch), lr)), True
     stage.after_epoch, stage.state = weigher.after_epoch, dict(weigher=weigher, lot=lot)
     context.notes['meta_images'] = len(context.tail.meta)
     if context.settings.select == 'val':

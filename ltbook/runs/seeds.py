@@ -190,12 +190,12 @@ def cli_seeds(
     folders = {s: Path(words['out'])/run_id(r) for s, r in recipes.items()}
     left = [s for s, f in folders.items() if not (f/'done.json').exists()]
     if left: make_context(recipes[left[0]], words['data_root'], words['device'])      # mistakes show before a process starts
-    if packs(words['device']) and len(left) > 1:
+    if packs(words['device']) and len(left) > 1 and extra.get('capture', True):
         say = lambda seed, row: console.print(f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)
         ends = run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)
         wrong = {s: e for s, e in ends.items() if isinstance(e, BaseException)}
         for s, e in wrong.items(): console.print(f'seed {s} left the pack: {e!r}', soft_wrap=True)
-        if len(wrong) == len(left): raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}. The same command goes on with them.')
+        if len(wrong) == len(left): raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}; with --set capture=false they train apart. The same command goes on with them.')
         gc.collect(); torch.cuda.empty_cache()      # memory for what comes
     jobs, threads = side_by_side(len(folders), words['device'])
     logs = {s: folders[s]/'run.log' for s in left}

@@ -6,7 +6,7 @@
 __all__ = ['READS', 'BRINGS', 'TensorSGD', 'can_capture', 'Replay', 'CapturedStep', 'captured_step', 'host_questions']
 
 # %% ../../nbs/train/401_captured_step.ipynb #45e02d66
-import warnings
+import gc, warnings
 from collections.abc import Callable
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class TensorSGD:
 def can_capture(
     stage: Stage,  # any stage
 ) -> bool:  # whether its step is a function of plan, lambda, rate and network alone
-    "Views with `plan` and `apply`, no `before_step` or a recordable one, no state but the best weights and what `draw` and a recordable step remember."
+    "Views with `plan` and `apply`; and a stage that says `recordable`, or has no `before_step` and, without `draw`, no state but the best weights."
     planned = all(callable(getattr(stage.view, k, None)) for k in ('plan', 'apply'))
     trusted = stage.draw is not None or all(isinstance(s, KeepBest) for s in stage.state.values())
     return planned and (stage.recordable or (stage.before_step is None and trusted))
@@ -81,6 +81,7 @@ class Replay:
         cuda=torch.cuda,  # a stand-in, for tests
     ):
         self.function, self.left, self.pool, self.cuda, self.graph = function, warm_up, pool, cuda, None
+        self.side = cuda.Stream()  # of the runs before, and of the recording
 
     def __call__(self) -> None:
         if self.graph is None and self.left > 0: return self._run()
@@ -89,19 +90,26 @@ class Replay:
 
     def _run(self) -> None:
         "As it is, on a side stream."
-        side, here = self.cuda.Stream(), self.cuda.current_stream()
-        side.wait_stream(here)
-        with self.cuda.stream(side): self.function()
-        here.wait_stream(side)
+        here = self.cuda.current_stream()
+        self.side.wait_stream(here)
+        with self.cuda.stream(self.side): self.function()
+        here.wait_stream(self.side)
         self.left -= 1
 
     def _record(self) -> None:
-        "Once; nothing is executed."
+        "Once; nothing is executed. Raises `RuntimeError` with a way out where the function can't be recorded."
         graph = self.cuda.CUDAGraph()
         self.cuda.synchronize()
-        with warnings.catch_warnings():
-            warnings.filterwarnings('error', '.*CUDA Graph is empty.*')      # nothing was recorded: kernels of another device, say
-            with self.cuda.graph(graph, pool=self.pool): self.function()
+        gc.collect()
+        on = gc.isenabled()
+        gc.disable()      # a graph that is collected while another one is recorded would spoil it
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings('error', '.*CUDA Graph is empty.*')      # nothing was recorded: kernels of another device, say
+                with self.cuda.graph(graph, pool=self.pool, stream=self.side): self.function()
+        except Exception as e: raise RuntimeError(f'The step could not be recorded ({e}): train without recording, by --set capture=false.') from e
+        finally:
+            if on: gc.enable()
         self.graph = graph
 
 # %% ../../nbs/train/401_captured_step.ipynb #3f97898a
@@ -117,7 +125,7 @@ class CapturedStep:
         if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, TensorSGD(optimizer), compute
         self.lam, self.lr, self.loss = (torch.ones((), device=compute.device) for _ in range(3))
-        self.plans, self.drawn, self.numbers, self.steps, self.on_gpu = {}, {}, {}, {}, compute.device.type == 'cuda'
+        self.plans, self.drawn, self.numbers, self.runs, self.steps, self.on_gpu = {}, {}, {}, {}, {}, compute.device.type == 'cuda'
         self.cuda = torch.cuda if self.on_gpu else cuda
         self.pool = self.cuda.graph_pool_handle() if self.cuda else None
 
@@ -138,10 +146,16 @@ class CapturedStep:
         key = size, getattr(self.stage.view, 'side', None), *sorted(numbers.items())
         if size not in self.plans: self.plans[size] = torch.empty_like(plan, device=self.compute.device)
         if key not in self.steps:
-            run = lambda: self.arithmetic(self.plans[size], numbers)
+            run = self.runs[key] = lambda: self.arithmetic(self.plans[size], numbers)
             together = self.compute.pack
             self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool, cuda=self.cuda) if self.cuda else run
         return self.plans[size], self.steps[key]
+
+    def release(self) -> None:
+        "Let go of the graphs and of the gradients, which lie in their memory; the next step begins anew."
+        if self.compute.pack: self.compute.pack.forget(self.runs.values())
+        self.steps.clear(); self.runs.clear()
+        for p in self.stage.network.parameters(): p.grad = None
 
     def __call__(
         self,

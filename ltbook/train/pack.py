@@ -7,7 +7,7 @@ __all__ = ['Pack', 'together']
 
 # %% ../../nbs/train/402_pack.ipynb #fea05712
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import torch
 from .captured import Replay
 
@@ -52,8 +52,17 @@ class Pack:
         "One run less; its thread has the turn. Graphs with its steps are of no use any more."
         self.members -= 1
         self.waiting.pop(threading.get_ident(), None)
-        self.graphs.clear()
+        self.forget({step for steps in self.graphs for step in steps})
         self.arrived.set()
+
+    def forget(
+        self,
+        steps: Iterable[Callable[[], None]],  # as they were handed over
+    ) -> None:
+        "Drop all graphs with these steps. New ones get a memory of their own when none is left: that of the old ones goes with them."
+        gone = set(steps)
+        self.graphs = {k: g for k, g in self.graphs.items() if not gone & {*k}}
+        if self.on_gpu and not self.graphs: self.pool = self.cuda.graph_pool_handle()
 
     def round(self) -> None:
         "If everybody is there: all steps that wait, then everybody wakes up. Always called from the same thread, which has the turn."

@@ -8,8 +8,10 @@ __all__ = ['Tape', 'TapeCuda']
 # %% ../../nbs/train/403_tape.ipynb #c0a3447f
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
+from weakref import WeakSet
 import torch
 from torch import Tensor
+from torch._utils import _get_device_index
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,32 +34,43 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self) -> None:
-        "Do all of it once more, without the Python around it."
+        "Do all of it once more, without the Python around it; what is random is drawn anew."
         for func, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr(): old.copy_(new)
 
 # %% ../../nbs/train/403_tape.ipynb #02afc9aa
 class _Graph:
-    "A tape that counts its recording as the first replay."
-    def __init__(self): self.tape, self.replays = Tape(), 0
+    "A tape that counts its recording as the first replay, and notes it."
+    def __init__(self, note: SimpleNamespace): self.tape, self.note = Tape(), note
 
     def replay(self) -> None:
-        if self.replays: self.tape.replay()
-        self.replays += 1
+        if self.note.replays: self.tape.replay()
+        self.note.replays, self.note.operations = self.note.replays + 1, len(self.tape.calls)
 
 class TapeCuda:
-    "What is asked of `torch.cuda` by `Replay`, `Pack` and `CapturedStep`, on a CPU."
-    def __init__(self): self.graphs = []
+    "What is asked of `torch.cuda` by `Replay`, `Pack` and `CapturedStep`, on a CPU; `graphs` has a note of each: `replays` and `operations`."
+    def __init__(self): self.graphs, self.pools = [], []
     def Stream(self) -> SimpleNamespace: return SimpleNamespace(wait_stream=lambda other: None)
     current_stream = Stream
     def stream(self, s) -> AbstractContextManager: return nullcontext()
     def synchronize(self) -> None: pass
-    def set_device(self, device) -> None: pass
-    def graph_pool_handle(self) -> None: return None
+    def set_device(self, device) -> int: return _get_device_index(device)      # refuses one without a number
+
+    def graph_pool_handle(self) -> int:
+        "A number for memory that graphs share."
+        self.pools.append(None)
+        return len(self.pools) - 1
 
     def CUDAGraph(self) -> _Graph:
-        self.graphs.append(_Graph())
-        return self.graphs[-1]
+        "An empty tape."
+        self.graphs.append(SimpleNamespace(replays=0, operations=0))
+        return _Graph(self.graphs[-1])
 
-    def graph(self, g: _Graph, pool=None) -> AbstractContextManager: return g.tape
+    def graph(self, g: _Graph, pool: int | None = None, stream=None) -> AbstractContextManager:
+        "A context to record in. Raises `RuntimeError` for a pool whose graphs are all gone: its memory went with them."
+        if pool is not None:
+            if self.pools[pool] is None: self.pools[pool] = WeakSet()
+            elif not self.pools[pool]: raise RuntimeError(f'pool {pool} is gone')
+            self.pools[pool].add(g)
+        return g.tape

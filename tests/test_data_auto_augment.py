@@ -154,3 +154,14 @@ def test_the_view_augments_after_the_crop_and_before_the_cutout():
         im[:, max(top, 0):top + 16, max(left, 0):left + 16] = fill
         assert -8 <= min(top, left) and max(top, left) <= 15
         assert torch.allclose(got[i], TF.normalize(im.float()/255, MEAN, STD), atol=5e-6)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_all_images_or_those_concerned(channels):
+    "The form for a GPU, where every operation is done to all images, gives the same bytes"
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.integers(0, 256, (600, channels, 12, 12), dtype=np.uint8))
+    dense, sparse = (AutoAugment(12, channels, dense=d) for d in (True, False))
+    steps = torch.from_numpy(dense.draw(600, rng))
+    assert len(set(steps.flatten().tolist())) > 30 and torch.equal(dense(x, steps), sparse(x, steps)) and not torch.equal(dense(x, steps), x)
+    assert not AutoAugment(12, channels).dense

@@ -44,6 +44,7 @@ def test_runs(method, changes, elsewhere, tmp_path):
         far = load_run(run(r, tmp_path/'far'))
     near = load_run(run(r, tmp_path/'near', device='cpu'))
     assert far.env['device'] == str(DEVICE) and near.env['device'] == 'cpu'
+    assert far.env['captured'] == near.env['captured'] == (far.stages if r.capture else [])
     for k, v in near.predictions.items(): np.testing.assert_allclose(far.predictions[k], v, rtol=1e-5, atol=1e-5)
 
 

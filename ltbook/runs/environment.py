@@ -7,6 +7,7 @@ __all__ = ['PACKAGES', 'git_state', 'command', 'environment', 'open_session']
 
 # %% ../../nbs/runs/630_environment.ipynb #01631a58
 import json, platform, resource, subprocess, sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -52,12 +53,13 @@ def environment(
     sessions: list[dict],  # when and with which commit the run was started or taken up again
     seconds: float,  # of this call
     rows: list[dict],  # history; its seconds are those of training
+    captured: Sequence[str] = (),  # stages whose steps were captured
 ) -> dict:  # JSON-able
     "Versions, device, commit, command, time and memory; times of runs trained together include waiting for each other."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
     device = torch.cuda.get_device_name(compute.device) if compute.device.type == 'cuda' else platform.processor() or platform.machine()
     return dict(ltbook=version('ltbook') if _installed() else None, python=platform.python_version(), packages={p: version(p) for p in PACKAGES}, platform=platform.system(),
-                device=str(compute.device), device_name=device, trained_together=compute.pack.size if compute.pack else 1, threads=torch.get_num_threads(), command=command(recipe), **{k: sessions[-1][k] for k in ('commit', 'dirty')}, sessions=sessions,
+                device=str(compute.device), device_name=device, trained_together=compute.pack.size if compute.pack else 1, captured=list(captured), threads=torch.get_num_threads(), command=command(recipe), **{k: sessions[-1][k] for k in ('commit', 'dirty')}, sessions=sessions,
                 train_seconds=round(sum(r['seconds'] for r in rows), 1), wall_seconds=round(seconds, 1), peak_memory_mb=round(peak),
                 finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 

@@ -18,6 +18,7 @@ from ..methods.method import Context, get_method, recipe_data
 from .environment import environment, open_session
 from .folder import Run, load_run, run_id
 from .recipe import STAGE1_FIELDS, Recipe, recipe
+from ..train.captured import can_capture
 from ..train.compute import Compute, find_device
 from ..train.files import load_state, load_weights, read_rows, write_atomic, write_json, write_rows
 from ..train.loop import fit, predict
@@ -185,19 +186,20 @@ def run(
     context = make_context(recipe, root, device, pack)
     folder = open_folder(recipe, out)
     for left in folder.glob('.*.part'): left.unlink()      # half-written files of a run that was killed
-    sessions = open_session(folder)
+    sessions, captured = open_session(folder), []
     write_json(folder/'manifest.json', context.tail.to_dict())
     if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)
     for name, build in get_method(recipe.method).stages.items():
         stage = build(context)
         if stage is None: continue
+        if context.compute.capture and can_capture(stage): captured.append(name)
         run_stage(context, stage, folder, report, on_step)
         arrays = stage_logits(context, stage)
         if arrays: context.logits[name], context.selection[name] = arrays, stage.selection
     rows = read_rows(folder/'history.csv')
     write_predictions(folder/'predictions.h5', context)
     write_json(folder/'metrics.json', collect_metrics(context, rows))
-    write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows))
+    write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows, captured))
     write_json(folder/'done.json', dict(run=run_id(recipe)))
     (folder/'sessions.json').unlink()
     return folder

@@ -132,7 +132,7 @@ class CapturedStep:
     def arithmetic(
         self,
         plan: Tensor,  # int64 (rows, B), one of the buffers
-        numbers: dict | None = None,  # plain ones of `draw`, which a recording freezes; None takes those of the last call
+        numbers: dict | None = None,  # plain ones of `draw`, part of the batch and frozen by a recording; None takes those of the last call
     ) -> None:
         "Batch, meta step, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
         s = self.stage
@@ -188,8 +188,9 @@ def captured_step(
     return CapturedStep(stage, optimizer, compute) if compute.capture and can_capture(stage) else None
 
 # %% ../../nbs/train/401_captured_step.ipynb #bb93ece8
+# operations that make the processor wait or whose size depends on values; those that bring a number
 READS = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'masked_select', 'equal',
-         'unique', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount')
+         'unique', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount', 'repeat_interleave')
 BRINGS = ('lift_fresh',)
 
 class _Watch(TorchDispatchMode):
@@ -204,6 +205,6 @@ class _Watch(TorchDispatchMode):
 def host_questions(
     function: Callable[[], object],  # run once
 ) -> list[str]:  # names of the operations, in order; empty for what can be recorded
-    "Operations that read a value from the device, have a size that depends on values, or bring a Python number as a new tensor."
+    "Operations that read a value from the device, have a size that depends on values, or bring a Python number as a new tensor. Arrays that become tensors (`from_numpy`) are not seen."
     with _Watch() as watch: function()
     return watch.seen

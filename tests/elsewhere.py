@@ -18,14 +18,14 @@ def mark(out, value=True):
 
 
 class Elsewhere(TorchFunctionMode):
-    "Tensors made on `DEVICE`, moved there, or computed from such are marked. As on a GPU, numpy can't have them, and others don't meet them, single numbers and indices excepted."
+    """Tensors made on `DEVICE`, moved there, or computed from such are marked. As on a GPU, numpy can't have them, and others don't meet them, indices excepted.
+    Not seen: operations inside of torch.func, single numbers from the processor, and what happens below Python (a mark is kept by tensors that are pickled)."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name, leaves = getattr(func, '__name__', ''), tree_leaves((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, TENSOR)]
         far = any(map(there, tensors))
         if func == TENSOR.device.__get__: return DEVICE if far else torch.device('cpu')
-        if func == TENSOR.is_cpu.__get__: return not far
         if far and name in ('numpy', '__array__', 'pin_memory'): raise TypeError(f"{name} of a tensor that is elsewhere")
         devices = [d for d in leaves if isinstance(d, torch.device)] or [torch.device(d) for d in leaves if isinstance(d, str) and d in ('cpu', 'cpu:0')]
         if func == TENSOR.data.__set__:

@@ -337,7 +337,7 @@ class FakeCuda:
     def stream(self, s): self.streams.append(f'on {s.name}'); yield; self.streams.append(f'off {s.name}')
 
     @contextmanager
-    def graph(self, graph, pool=None, stream=None): self.tape = graph; self.pools.append(pool); yield; self.tape = None
+    def graph(self, graph, pool=None, stream=None): self.tape = graph; self.pools.append((pool, stream.name, gc.isenabled())); yield; self.tape = None
     def launch(self, f): self.tape.calls.append(f) if self.tape else f()
 
 
@@ -359,7 +359,7 @@ def test_every_call_is_one_step(warm_up):
     for n in range(1, 7):
         step()
         assert len(done) == n
-    assert len(python) == warm_up + 1 and cuda.pools == ['shared']                # Python runs no more once it is recorded
+    assert len(python) == warm_up + 1 and cuda.pools == [('shared', 'side', False)] and gc.isenabled()                # Python runs no more once it is recorded
     assert cuda.streams == ['side waits for main', 'on side', 'off side', 'main waits for side']*warm_up + ['synchronize']
 
 

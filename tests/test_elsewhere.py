@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import ltbook.data.sampling as sampling
+import ltbook.data.augment as augment
 import ltbook.runs.run as running
+import ltbook.train.loop as loop
+from ltbook.data.auto_augment import AutoAugment
 from ltbook.methods.method import methods
 from ltbook.runs.evaluate import logits_from_weights
 from ltbook.runs.features import export_features
@@ -13,8 +16,9 @@ from ltbook.runs.fusion import logits_on
 from ltbook.runs.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.runs.shift import shift
+from ltbook.train.files import load_state
 
-from elsewhere import DEVICE, Elsewhere, there
+from elsewhere import DEVICE, Elsewhere, mark, there
 
 STRONG = dict(auto_augment=True, cutout_side=4, pad_mode='reflect+constant')
 CASES = ([(m, {}) for m in methods()] + [('mislas', dict(capture=True, first_side=4, epochs=3, test_every=1, precision='bf16')), ('dirmixe', dict(capture=True)), ('ride', dict(capture=True, epochs=3)),
@@ -29,6 +33,8 @@ class Killed(Exception): pass
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr(running, 'find_device', lambda name: DEVICE if name == 'auto' else torch.device(name))
+    for place in (running, loop): monkeypatch.setattr(place, 'load_state', lambda path: mark(load_state(path), False))         # files are read by the processor
+    monkeypatch.setattr(augment, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
     return Elsewhere()
 
 
@@ -44,7 +50,7 @@ def test_runs(method, changes, elsewhere, tmp_path):
         far = load_run(run(r, tmp_path/'far'))
     near = load_run(run(r, tmp_path/'near', device='cpu'))
     assert far.env['device'] == str(DEVICE) and near.env['device'] == 'cpu'
-    assert far.env['captured'] == near.env['captured'] == (far.stages if r.capture else [])
+    assert [s['captured'] for s in far.env['sessions']] == ([['stage1'], far.stages] if r.capture else [[], []])
     for k, v in near.predictions.items(): np.testing.assert_allclose(far.predictions[k], v, rtol=1e-5, atol=1e-5)
 
 

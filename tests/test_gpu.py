@@ -24,6 +24,7 @@ WAITS = ('cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize
 @pytest.fixture(params=MACHINES)
 def machine(request, monkeypatch):
     "Device, and what stands for `torch.cuda`"
+    for k, v in dict(deterministic=True, allow_tf32=False).items(): monkeypatch.setattr(torch.backends.cudnn, k, v)
     if request.param == 'cuda': return 'cuda:0', None
     monkeypatch.setattr(sys.modules['torch.optim.adam'], '_get_capturable_supported_devices', lambda *a, **k: ['cpu'])
     return 'cpu', TapeCuda()
@@ -64,6 +65,8 @@ def test_one_step_replayed_is_one_step_called(method, name, changes, machine):
     stage.draw = (lambda: drawn) if drawn else None
     for _ in range(6):
         for size in (32, 20): step(*stage.view.plan(order[:size], rng), .02)
+    assert len(step.steps) == 2 and all(r.graph is not None for r in step.steps.values())           # both were recorded
+    if cuda: assert [g.replays for g in cuda.graphs] == [3, 3]
     for size in (32, 20):
         plan, lam = stage.view.plan(order[-size:], rng)
         before = [t.clone() for t in memory(stage, optimizer)]
@@ -78,6 +81,9 @@ def test_one_step_replayed_is_one_step_called(method, name, changes, machine):
         for a, b in zip(replayed, memory(stage, optimizer)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
     if cuda is None: nobody_waits(lambda: step(plan, lam, .01))
     step.release()
+    assert not step.steps and all(p.grad is None for p in stage.network.parameters())
+    for _ in range(5): step(*stage.view.plan(order[:32], rng), .01)                # records anew, in another memory
+    assert len(step.steps) == 1 and all(r.graph is not None for r in step.steps.values())
 
 
 def nobody_waits(step):
@@ -87,9 +93,9 @@ def nobody_waits(step):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(20): step()
     finally: torch.cuda.set_sync_debug_mode('default')
-    names = [e.key for e in profile.key_averages()]
-    waits = [n for n in names if n in WAITS]
-    assert sum(n == 'cudaGraphLaunch' for n in names) == 1 and len(waits) <= 1, waits            # the profiler waits once, when it ends
+    seen = {e.key: e.count for e in profile.key_averages()}
+    waits = {k: n for k, n in seen.items() if k in WAITS}
+    assert seen['cudaGraphLaunch'] == 20 and sum(waits.values()) <= 1, waits            # the profiler itself waits once, when it ends
 
 
 def test_a_pack_is_its_runs(machine):
@@ -102,6 +108,7 @@ def test_a_pack_is_its_runs(machine):
         return [t.clone() for t in stage.network.state_dict().values()]
     pack = Pack(2, torch.device('cuda:0'), **(dict(cuda=cuda) if cuda else {}))
     packed = together([lambda s=s: trained(s, 9 + s, pack) for s in (0, 1)], pack)
+    if cuda: assert sorted(g.replays for g in cuda.graphs) == [6]                      # of both; the longer run ends by a step as it is
     for s, tensors in enumerate(packed):
         assert not isinstance(tensors, BaseException), tensors
         for a, b in zip(tensors, trained(s, 9 + s)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -74,3 +74,15 @@ def test_the_command_packs_where_it_should(tmp_path, monkeypatch, capsys):
     folders = seeds.cli_seeds('0,1', words, {}, [], True, Console(width=120))
     assert commands == [[0, 1]] and all((f/'done.json').exists() for f in folders.values())
     assert '2 of 2 seeds' in capsys.readouterr().out
+
+
+def test_no_pack_where_nobody_wants_one(tmp_path, monkeypatch):
+    "--set capture=false on a GPU: one command a seed from the start"
+    from rich.console import Console
+    monkeypatch.setattr(seeds, 'packs', lambda device: True)
+    monkeypatch.setattr(seeds, 'run_packed', lambda *a: pytest.fail('a pack was made'))
+    commands = []
+    monkeypatch.setattr(seeds, 'run_all', lambda c, logs, *more: commands.append(c) or dict.fromkeys(c, 0))
+    words = dict(method='cross_entropy', dataset='digits', imbalance=None, profile='smoke', seed=None, epochs=None, precision=None, data_root=None, out=str(tmp_path), device='cpu', start=None)
+    seeds.cli_seeds('0,1', words, dict(capture=False), ['capture=false'], True, Console(width=120))
+    assert [sorted(c) for c in commands] == [[0, 1]] and all('capture=false' in ' '.join(map(str, c)) for c in commands[0].values())

@@ -90,6 +90,7 @@ class DifficultyWeigher(ClassWeigher):
         pull, push, driver, m = gradients(self.g, self.accuracies, s.driver_weight, s.target, look)
         for p, a, b in zip(self.g.parameters(), pull, push): p.grad = a + b
         self.optimizer.step()
+        self.optimizer.zero_grad()
         for k, v in self._numbers(pull, push, driver, m).items(): self.sums[k] += v
         self.sums['steps'] += 1
         return batch | dict(weight=self.weights()[batch['y']])

@@ -15,7 +15,7 @@ from ..data.checks import UserError
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method, recipe_data
-from .environment import environment, open_session
+from .environment import environment, note_captured, open_session
 from .folder import Run, load_run, run_id
 from .recipe import STAGE1_FIELDS, Recipe, recipe
 from ..train.captured import can_capture
@@ -34,7 +34,7 @@ def make_context(
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
     method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack)
-    if compute.device.type == 'cuda': torch.cuda.set_device(compute.device)      # streams and graphs are made on the current device
+    compute.use()
     data = recipe_data(recipe, root)
     parts, tail = method.split(recipe, data)
     context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
@@ -186,20 +186,20 @@ def run(
     context = make_context(recipe, root, device, pack)
     folder = open_folder(recipe, out)
     for left in folder.glob('.*.part'): left.unlink()      # half-written files of a run that was killed
-    sessions, captured = open_session(folder), []
+    sessions = open_session(folder)
     write_json(folder/'manifest.json', context.tail.to_dict())
     if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)
     for name, build in get_method(recipe.method).stages.items():
         stage = build(context)
         if stage is None: continue
-        if context.compute.capture and can_capture(stage): captured.append(name)
+        if context.compute.capture and can_capture(stage) and not (folder/f'{name}.safetensors').exists(): note_captured(folder, sessions, name)
         run_stage(context, stage, folder, report, on_step)
         arrays = stage_logits(context, stage)
         if arrays: context.logits[name], context.selection[name] = arrays, stage.selection
     rows = read_rows(folder/'history.csv')
     write_predictions(folder/'predictions.h5', context)
     write_json(folder/'metrics.json', collect_metrics(context, rows))
-    write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows, captured))
+    write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows))
     write_json(folder/'done.json', dict(run=run_id(recipe)))
     (folder/'sessions.json').unlink()
     return folder

@@ -195,7 +195,8 @@ def cli_seeds(
         ends = run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)
         wrong = {s: e for s, e in ends.items() if isinstance(e, BaseException)}
         for s, e in wrong.items(): console.print(f'seed {s} left the pack: {e!r}', soft_wrap=True)
-        if len(wrong) == len(left): raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}; with --set capture=false they train apart. The same command goes on with them.')
+        apart = ' With --set capture=false they train apart.' if any('the pack was stopped' in str(e) for e in wrong.values()) else ''
+        if len(wrong) == len(left): raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}. The same command goes on with them.{apart}')
         gc.collect(); torch.cuda.empty_cache()      # memory for what comes
     jobs, threads = side_by_side(len(folders), words['device'])
     logs = {s: folders[s]/'run.log' for s in left}

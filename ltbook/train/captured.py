@@ -79,9 +79,10 @@ class Replay:
         warm_up: int = 3,  # calls before it is recorded
         pool=None,  # memory shared with other graphs, which never run at the same time
         cuda=torch.cuda,  # a stand-in, for tests
+        side=None,  # stream of the first calls and of the recording: the same for all graphs of a pool; None makes one
     ):
         self.function, self.left, self.pool, self.cuda, self.graph = function, warm_up, pool, cuda, None
-        self.side = cuda.Stream()  # of the runs before, and of the recording
+        self.side = side or cuda.Stream()
 
     def __call__(self) -> None:
         if self.graph is None and self.left > 0: return self._run()
@@ -107,7 +108,9 @@ class Replay:
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', '.*CUDA Graph is empty.*')      # nothing was recorded: kernels of another device, say
                 with self.cuda.graph(graph, pool=self.pool, stream=self.side): self.function()
-        except Exception as e: raise RuntimeError(f'The step could not be recorded ({e}): train without recording, by --set capture=false.') from e
+        except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError): raise
+            raise RuntimeError(f'The step could not be recorded ({e}): train without recording in a new process, by --set capture=false.') from e
         finally:
             if on: gc.enable()
         self.graph = graph
@@ -127,7 +130,7 @@ class CapturedStep:
         self.lam, self.lr, self.loss = (torch.ones((), device=compute.device) for _ in range(3))
         self.plans, self.drawn, self.numbers, self.runs, self.steps, self.on_gpu = {}, {}, {}, {}, {}, compute.device.type == 'cuda'
         self.cuda = torch.cuda if self.on_gpu else cuda
-        self.pool = self.cuda.graph_pool_handle() if self.cuda else None
+        self.pool, self.side = (self.cuda.graph_pool_handle(), self.cuda.Stream()) if self.cuda else (None, None)
 
     def arithmetic(
         self,
@@ -148,13 +151,14 @@ class CapturedStep:
         if key not in self.steps:
             run = self.runs[key] = lambda: self.arithmetic(self.plans[size], numbers)
             together = self.compute.pack
-            self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool, cuda=self.cuda) if self.cuda else run
+            self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool, cuda=self.cuda, side=self.side) if self.cuda else run
         return self.plans[size], self.steps[key]
 
     def release(self) -> None:
-        "Let go of the graphs and of the gradients, which lie in their memory; the next step begins anew."
+        "Let go of the graphs and of the network's gradients, which lie in their memory; the next step begins anew, in a memory of its own."
         if self.compute.pack: self.compute.pack.forget(self.runs.values())
         self.steps.clear(); self.runs.clear()
+        if self.cuda: self.pool = self.cuda.graph_pool_handle()
         for p in self.stage.network.parameters(): p.grad = None
 
     def __call__(

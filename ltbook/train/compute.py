@@ -40,6 +40,10 @@ class Compute:
 
     def __post_init__(self): one_of(self.precision, PRECISIONS, 'precision')
 
+    def use(self) -> None:
+        "Make the GPU that of this thread: streams and graphs are made on the current one."
+        if self.device.type == 'cuda': torch.cuda.set_device(self.device)
+
     def prepare(self, network: nn.Module) -> nn.Module:
         "Move `network` to the device and into the layout, in place."
         network.to(self.device)

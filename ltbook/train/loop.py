@@ -150,6 +150,7 @@ def fit(
     on_step: Callable[[Stage, int, int, float], None] | None = None,  # called with (stage, epoch, images, mean loss)
 ) -> tuple[list[dict], dict]:  # rows of this stage, curves (epochs, ...) by name
     "Train a stage from where it was left; write a row an epoch and, at the end, the weights. Raises `NonFiniteLoss`."
+    compute.use()
     compute.prepare(stage.network)
     optimizer, rng = stage.optimizer(), np.random.default_rng([stage.seed, zlib.crc32(stage.name.encode())])
     done, curves, rows = 0, {}, []

@@ -26,7 +26,7 @@ class Pack:
         self.waiting, self.rounds, self.error, self.graphs = {}, 0, None, {}
         self.use()
         self.streams = [cuda.Stream() for _ in range(members)] if self.on_gpu else []
-        self.pool = cuda.graph_pool_handle() if self.on_gpu else None
+        self.pool, self.side = (cuda.graph_pool_handle(), cuda.Stream()) if self.on_gpu else (None, None)
 
     def use(self) -> None:
         "Make the pack's GPU that of this thread."
@@ -79,7 +79,7 @@ class Pack:
 
     def _graph(self, steps: tuple) -> Replay:
         "What replays these steps; graphs of a pack never run at the same time and share their memory."
-        if steps not in self.graphs: self.graphs[steps] = Replay(lambda: self._forked(steps), pool=self.pool, cuda=self.cuda)
+        if steps not in self.graphs: self.graphs[steps] = Replay(lambda: self._forked(steps), pool=self.pool, cuda=self.cuda, side=self.side)
         return self.graphs[steps]
 
     def _forked(self, steps: tuple) -> None:

@@ -39,7 +39,7 @@ class Elsewhere(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name == 'cpu': return mark(out.clone() if any(out is t for t in tensors) else out, False)
         if name == 'copy_' or name.endswith('_') and args and out is args[0]: return out
-        if devices and name not in ('device',):
+        if devices:
             same = any(out is t for t in tensors)
             return mark(out.clone() if same and there(out) != (devices[-1] == DEVICE) and not isinstance(out, torch.nn.Parameter) else out, devices[-1] == DEVICE)
         return mark(out) if far else out

@@ -26,6 +26,8 @@ from ltbook.train.loop import NonFiniteLoss, fit, predict, train_epoch
 from ltbook.train.stage import KeepBest
 from ltbook.train.tape import TapeCuda
 
+from memory import memory
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1'), ('ride', 'stage1'), ('dirmixe', 'stage1'),
           ('reweighting', 'stage1'), ('difficulty_net', 'stage1'), ('difficulty_net', 'stage2')]
@@ -44,11 +46,7 @@ def stage_of(method, name='stage1', n=150, **changes):
 
 def values(stage, optimizer):
     "Weights, statistics and momenta in one vector; of a network that learns weights too, with its Adam and what it logs"
-    kept = [s['momentum_buffer'] for s in optimizer.state.values() if s.get('momentum_buffer') is not None]
-    if isinstance(stage.state.get('weigher'), DifficultyWeigher):
-        w = stage.state['weigher']
-        kept += [*w.g.state_dict().values(), *w.sums.values(), *(v for s in w.optimizer.state.values() for v in s.values())]
-    return torch.cat([v.double().flatten() for v in (*stage.network.state_dict().values(), *kept)])
+    return torch.cat([v.double().flatten() for v in memory(stage, optimizer)])
 
 
 def counts_on_the_device(stage, monkeypatch, foreach=True):

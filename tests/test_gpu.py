@@ -14,6 +14,8 @@ from ltbook.train.captured import CapturedStep
 from ltbook.train.pack import Pack, together
 from ltbook.train.tape import TapeCuda
 
+from memory import memory
+
 NO_GPU = not torch.cuda.is_available()
 MACHINES = ['tape', pytest.param('cuda', marks=pytest.mark.skipif(NO_GPU, reason='no GPU here'))]
 STAGES = [('mislas', 'stage1', {}), ('mislas', 'stage1', dict(precision='bf16', nesterov=True)), ('mislas', 'stage2', {}), ('balanced_softmax', 'stage1', dict(first_side=4)), ('sade', 'stage1', {}),
@@ -43,14 +45,6 @@ def stage_of(method, name, device, **changes):
     if getattr(stage.view, 'auto', None): stage.view.auto.dense = True
     stage.set_mode(stage.network)
     return stage, context.compute
-
-
-def memory(stage, optimizer):
-    "All tensors a step may change"
-    found = [*stage.network.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())]
-    weigher = stage.state.get('weigher')
-    if isinstance(weigher, DifficultyWeigher): found += [*weigher.g.state_dict().values(), *weigher.sums.values(), *(v for s in weigher.optimizer.state.values() for v in s.values())]
-    return [t for t in found if isinstance(t, torch.Tensor)]
 
 
 @pytest.mark.parametrize('method, name, changes', STAGES, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in STAGES])

@@ -93,7 +93,8 @@ class DifficultyWeigher(ClassWeigher):
         self.optimizer.zero_grad()
         for k, v in self._numbers(pull, push, driver, m).items(): self.sums[k] += v
         self.sums['steps'] += 1
-        return batch | dict(weight=self.weights()[batch['y']])
+        self.current.copy_(self.weights())
+        return super().before_step(batch, lr)
 
     def _numbers(self, pull, push, driver, m) -> dict:
         "What the history shall know about a step."

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from ..methods.method import get_method
-from .recipe import STAGE1_FIELDS, Recipe, recipe
+from .recipe import STAGE1_FIELDS, Recipe, changed, recipe
 from ..train.compute import Compute
 from ..train.files import read_rows, write_json
 
@@ -34,11 +34,9 @@ def command(
 ) -> str:  # one shell line
     "The command that repeats a run."
     plain = _plain(recipe)
-    given, usual = recipe.model_dump(exclude={'settings', 'source'}), plain.model_dump(exclude={'settings', 'source'})
-    own, own_usual = recipe.settings.model_dump(), plain.settings.model_dump()
     words = ['ltbook', 'run', recipe.method, recipe.dataset, *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []), f'--profile {recipe.profile}', f'--seed {recipe.seed}']
     taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} if recipe.start else {'seed'}
-    words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in (given | own).items() if k not in {*taken, 'start'} and v != (usual | own_usual)[k]]
+    words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
     return ' '.join(words + ([f'--from outputs/{recipe.start}'] if recipe.start else []))
 
 def _plain(r: Recipe) -> Recipe:

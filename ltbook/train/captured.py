@@ -23,6 +23,7 @@ class TensorSGD:
         optimizer: torch.optim.SGD,  # with its state as it shall go on; don't load another one afterwards
     ):
         self.optimizer, self.lr = optimizer, None
+        self.rate = torch.zeros((), device=optimizer.param_groups[0]['params'][0].device)  # that of groups with factor 1, for a meta step
         if any(g['dampening'] or g['maximize'] for g in optimizer.param_groups):
             raise UserError('A captured step knows SGD without dampening and maximize only.')
         self.rates = {p: torch.zeros_like(p, requires_grad=False) for g in optimizer.param_groups for p in g['params']}
@@ -40,6 +41,7 @@ class TensorSGD:
         for g in self.optimizer.param_groups:
             g['lr'] = lr*g.get('lr_factor', 1.0)
             for p in g['params']: self.rates[p].fill_(g['lr'])
+        self.rate.fill_(lr)
         self.lr = lr
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -127,7 +129,7 @@ class CapturedStep:
     ):
         if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, TensorSGD(optimizer), compute
-        self.lam, self.lr, self.loss = (torch.ones((), device=compute.device) for _ in range(3))
+        self.lam, self.loss = (torch.ones((), device=compute.device) for _ in range(2))
         self.plans, self.drawn, self.numbers, self.runs, self.steps, self.on_gpu = {}, {}, {}, {}, {}, compute.device.type == 'cuda'
         self.cuda = torch.cuda if self.on_gpu else cuda
         self.pool, self.side = (self.cuda.graph_pool_handle(), self.cuda.Stream()) if self.cuda else (None, None)
@@ -140,7 +142,7 @@ class CapturedStep:
         "Batch, meta step, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
         s = self.stage
         batch = s.view.apply(plan, self.lam) | self.drawn | (self.numbers if numbers is None else numbers)
-        if s.before_step: batch = s.before_step(batch, self.lr)
+        if s.before_step: batch = s.before_step(batch, self.sgd.rate)
         self.loss.copy_(s.update(batch, self.sgd, self.compute))
 
     def _prepared(self, plan: Tensor) -> tuple[Tensor, Callable[[], None]]:
@@ -177,7 +179,6 @@ class CapturedStep:
         buffer, step = self._prepared(plan)
         buffer.copy_(send(plan), non_blocking=True)
         self.lam.copy_(send(lam), non_blocking=True)
-        if lr != self.sgd.lr: self.lr.fill_(lr)
         self.sgd.set_lr(lr)
         step()
         return self.loss

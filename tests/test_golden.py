@@ -1,0 +1,111 @@
+"""Golden runs: three epochs of every method and every second stage, to the last bit on the processor they were made on.
+
+`LTBOOK_GOLDEN=write pytest tests/test_golden.py` writes them anew: only together with a commit that says which number
+changed and why.
+"""
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ltbook.data.images import data_root
+from ltbook.methods.method import methods
+from ltbook.runs.folder import load_run
+from ltbook.runs.recipe import recipe
+from ltbook.runs.run import recipe_from, run
+
+FILE = Path(__file__).parent/'golden'/'runs.json'
+WRITE = os.environ.get('LTBOOK_GOLDEN') == 'write'
+MEASURES = ('top1', 'many', 'medium', 'few', 'ece15', 'nll', 'brier')
+TOLERANCE = dict(nll=2e-2, brier=1e-2) | {k: 3e-2 for k in ('top1', 'many', 'medium', 'few', 'ece15')}   # elsewhere
+
+GENTLE = dict(lr=.01, batch_size=64)     # far from chaos, so that another processor comes near
+SLOW = dict(class_balanced_experts=dict(expert_lr=.01, calibration_lr=.01))
+STRONG = dict(auto_augment=True, cutout_side=4, pad_mode='reflect+constant')
+CHANGED = [
+    ('mislas', dict(precision='bf16', first_side=4, nesterov=True, schedule='one_cycle')),
+    ('mislas', dict(smooth_shape='power', smooth_target='paper', shift_bn=False, head='cosine', schedule='cosine')),
+    ('balanced_softmax', dict(hold_out=1, long_tail='step')),
+    ('balanced_softmax', dict(capture=True)),
+    ('difficulty_net', dict(meta_grad='none', loss='equalization', select='val', **STRONG)),
+    ('reweighting', dict(loss='ldam', head='cosine', weights='cdb')),
+    ('reweighting', dict(loss='logit_adjustment', weights='class_balanced', defer=.5)),
+    ('class_balanced_experts', dict(protocol='V')),
+]
+CASES = ([('digits', m, {}) for m in methods()] + [('digits', *c) for c in CHANGED]
+         + [('cifar100', 'mislas', dict(max_steps=2, epochs=2, hold_out=5))])
+SECOND = ['mislas', 'crt', 'lws', 'tau_norm']     # second stages on the first one of another run
+
+
+def name(dataset, method, changes): return '-'.join([dataset, method, *(f'{k}={v}' for k, v in changes.items())])
+
+
+def processor():
+    "What the last bit depends on."
+    info = {}
+    if Path('/proc/cpuinfo').exists():
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            key, _, value = line.partition(':')
+            info.setdefault(key.strip(), value.strip())
+    model = ' '.join(info.get(k, '?') for k in ('vendor_id', 'cpu family', 'model'))
+    return dict(machine=platform.machine(), model=model, kernels=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__)
+
+
+def weights(folder):
+    "Fingerprint of all weights of a run, whatever its tensors are called."
+    found = sorted(hashlib.sha256(f'{t.dtype} {tuple(t.shape)}'.encode() + t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                   .hexdigest() for f in sorted(folder.glob('*.safetensors')) for t in load_file(f).values())
+    return hashlib.sha256(' '.join(found).encode()).hexdigest()
+
+
+def outcome(folder):
+    r = load_run(folder)
+    return dict(weights=weights(folder), stages={s: {k: r.metrics[s][k] for k in MEASURES} for s in r.stages})
+
+
+def compare(key, found):
+    "Equal to the stored run; on another processor within tolerances."
+    stored = json.loads(FILE.read_text()) if FILE.exists() else dict(runs={})
+    if WRITE:
+        FILE.write_text(json.dumps(dict(made_on=processor(), runs=dict(sorted((stored['runs'] | {key: found}).items()))), indent=1) + '\n')
+        return
+    want = stored['runs'][key]
+    if stored['made_on'] == processor():
+        assert found == want
+        return
+    assert list(found['stages']) == list(want['stages'])
+    for stage, values in want['stages'].items():
+        for k, v in values.items():
+            assert found['stages'][stage][k] == (None if v is None else pytest.approx(v, abs=TOLERANCE[k], rel=TOLERANCE[k])), (stage, k)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('dataset, method, changes', CASES, ids=[name(*c) for c in CASES])
+def test_run(dataset, method, changes, tmp_path):
+    if dataset != 'digits' and not (data_root()/f'{dataset}.h5').exists(): pytest.skip(f'{dataset} is not here')
+    r = recipe(method, dataset, profile='smoke', **dict(epochs=3, max_steps=None, **GENTLE) | SLOW.get(method, {}) | changes)
+    compare(name(dataset, method, changes), outcome(run(r, tmp_path, device='cpu')))
+
+
+@pytest.mark.parametrize('method', SECOND)
+def test_second_stage(method, tmp_path):
+    first = load_run(run(recipe('mixup', profile='smoke', epochs=3, max_steps=None, **GENTLE), tmp_path, device='cpu'))
+    compare(f'digits-mixup-then-{method}', outcome(run(recipe_from(first, method), tmp_path, device='cpu', start=first)))
+
+
+def test_every_run_is_compared():
+    "No golden run without a test, no method without a golden run"
+    stored = json.loads(FILE.read_text())['runs']
+    assert set(stored) == {*(name(*c) for c in CASES), *(f'digits-mixup-then-{m}' for m in SECOND)}

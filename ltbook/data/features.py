@@ -52,6 +52,7 @@ def write_features(
     batches: Iterable[tuple[Tensor, Tensor]],  # (features (B, D), labels (B,)), one after the other
     head: tuple[Tensor, Tensor] | None = None,  # weight (C, D) and bias (C,) of a linear classifier
     source: str = '',  # where they come from, kept as an attribute
+    data: str = '',  # fingerprint of the images, kept as an attribute
 ) -> Path:  # `path`
     "Write a feature file batch by batch. Raises `UserError` if the batches differ in width or there are none."
     path = Path(path)
@@ -71,7 +72,7 @@ def write_features(
                 n += len(x)
             if not n: raise UserError(f'There are no features to write to {path.name}.')
             if head: f['head_weight'], f['head_bias'] = (t.detach().float().cpu().numpy() for t in head)
-            f.attrs['source'] = source
+            f.attrs['source'], f.attrs['data'] = source, data
         part.replace(path)
     finally: part.unlink(missing_ok=True)
     return path

@@ -7,6 +7,7 @@ __all__ = ['RESERVED', 'PICTURES', 'ImageSet', 'write_h5', 'read_h5', 'import_fo
 
 # %% ../../nbs/data/02_stores.ipynb #420ff0cd
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 import h5py
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .checks import UserError
+from .fingerprint import file_stamp, kept_rows, row_hashes, set_hash
 
 # %% ../../nbs/data/02_stores.ipynb #25ac2418
 @dataclass(frozen=True, eq=False)
@@ -40,8 +42,27 @@ class ImageSet:
     def subset(self, indices) -> 'ImageSet':
         "The images at `indices` (array or tensor of positions), in that order."
         i = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device=self.labels.device)
-        return replace(self, images=self.images.permute(0, 2, 3, 1)[i].permute(0, 3, 1, 2), labels=self.labels[i])
-    def to(self, device) -> 'ImageSet': return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        part = replace(self, images=self.images.permute(0, 2, 3, 1)[i].permute(0, 3, 1, 2), labels=self.labels[i])
+        return part.knowing(self.rows[i.cpu().numpy()]) if 'rows' in vars(self) else part
+    def to(self, device) -> 'ImageSet':
+        "The same on another device."
+        moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        return moved.knowing(self.rows) if 'rows' in vars(self) else moved
+    def knowing(self, rows: np.ndarray) -> 'ImageSet':
+        "The same set, with the hashes of its images put in, so that they need not be made."
+        vars(self)['rows'] = rows
+        return self
+    @property
+    def pixels(self) -> np.ndarray:
+        "The images as they are stored: (N, H, W, C)."
+        return self.images.permute(0, 2, 3, 1).cpu().numpy()
+    @cached_property
+    def rows(self) -> np.ndarray:
+        "SHA-256 of every image: uint8 (N, 32)."
+        return row_hashes(self.pixels)
+    def sha256(self) -> str:
+        "Fingerprint of pixels, labels and class names."
+        return set_hash(self.rows, self.labels.cpu().numpy(), self.classes, self.pixels.shape[1:], 'uint8')
 
 # %% ../../nbs/data/02_stores.ipynb #a373c0a1
 def write_h5(
@@ -60,7 +81,7 @@ def write_h5(
             f.attrs['classes'] = list(train.classes)
             for k, v in attrs.items(): f.attrs[k] = v
             for name, data in (('train', train), ('test', test)):
-                f[f'{name}/images'] = data.images.permute(0, 2, 3, 1).cpu().numpy()
+                f[f'{name}/images'] = data.pixels
                 f[f'{name}/labels'] = data.labels.cpu().numpy()
         part.replace(path)
     finally: part.unlink(missing_ok=True)
@@ -73,6 +94,7 @@ def read_h5(
     "Read a data set; every fault of the file is a `UserError` that names it."
     path = Path(path)
     if not path.is_file(): raise UserError(f'{path} does not exist; put the data set there or give another folder.')
+    stamp = file_stamp(path)
     try:
         with h5py.File(path, 'r') as f:
             if 'classes' not in f.attrs: raise UserError(f'{path} has no attribute "classes" with the class names; add it.')
@@ -85,7 +107,8 @@ def read_h5(
         raise UserError(f'{path}: class {classes[parts[0].counts.argmin()]!r} has no training images; add some or drop the class.')
     if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
         raise UserError(f'{path}: train and test images differ in shape; resize one part.')
-    return *parts, attrs
+    rows = kept_rows(path, {k: p.pixels for k, p in zip(('train', 'test'), parts)}, stamp)
+    return *(p.knowing(rows[k]) for k, p in zip(('train', 'test'), parts)), attrs
 
 def _part(f, name, classes, path):
     "One part of an open file as an `ImageSet`"

@@ -56,6 +56,7 @@ class Context:
     logits: dict[str, dict] = field(default_factory=dict)  # stage name -> named arrays on the test part
     selection: dict[str, str] = field(default_factory=dict)  # stage name -> which epoch it ended with, see `Stage.selection`
     notes: dict[str, Any] = field(default_factory=dict)  # what a method adds to the protocol in metrics.json, JSON-able
+    fingerprint: dict[str, str] = field(default_factory=dict)  # part -> SHA-256 of its pixels (or features), labels and class names
 
     @property
     def settings(self) -> Settings: return self.recipe.settings

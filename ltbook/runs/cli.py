@@ -106,7 +106,7 @@ def run_(
     from ltbook.runs.folder import load_run, run_id
     from ltbook.runs.notebook import DEFAULTS, find_notebook, recipe_of, run_notebook
     from ltbook.runs.progress import Reporter
-    from ltbook.runs.run import make_context, run
+    from ltbook.runs.run import prepare, run
     first = resolve_run(start, out) if start else None
     words = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, seed=seed, epochs=epochs, precision=precision,
                  data_root=str(data_root) if data_root else None, out=str(out), device=device, start=str(first.path) if first else None)
@@ -118,7 +118,7 @@ def run_(
     if not first: words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}      # the notebook has a default profile of its own
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
     folder = out/run_id(recipe)
-    if not (folder/'done.json').exists(): make_context(recipe, data_root, device)      # mistakes show before a kernel starts
+    prepare(recipe, out, data_root, device, first)      # mistakes show before a kernel starts
     if notebook is None and not bare: console.print('papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.')
     with Reporter(console) as r:
         if notebook is None: folder = run(recipe, out, data_root, device, first, r.report, r.on_step)
@@ -135,6 +135,8 @@ def show_run(run) -> None:
     if len(paper):
         number = lambda v: '' if v != v or v is None else f'{v:.1f}'
         _print('beside the paper, percent', ('stage', 'measure', 'ours', 'printed', 'source'), [(p.stage, p.measure, number(p.ours), number(p.printed), p.source) for p in paper.itertuples()])
+    known = ', '.join(f'{k} {v[:8]}' for k, v in run.data.items()) if run.data else 'not recorded'
+    console.print(f'data      {known}', soft_wrap=True)
     console.print(f'run       {run.path}', soft_wrap=True)
     if (run.path/'run.ipynb').exists(): console.print(f'notebook  {run.path/"run.ipynb"}', soft_wrap=True)
     for f in sorted(run.path.glob('figures/*.png')): console.print(f'figure    {f}', soft_wrap=True)
@@ -230,12 +232,19 @@ def features_(
 
 @app.command('doctor')
 def doctor_(
-    what: Annotated[str, typer.Argument(help='features')],
-    file: Annotated[Path, typer.Argument(help='A file to look at.')],
+    what: Annotated[str, typer.Argument(help='data or features.')],
+    file: Annotated[Path, typer.Argument(help='Name of a data set, or a feature file.')],
+    data_root: Root = None,
 ):
-    "Say what is wrong with a file, or what is in it."
+    "Say what is wrong with a data set or a file, or what is in it."
     from ltbook.data.features import check_features, describe_features
-    one_of(what, ('features',), 'kind of file')
+    if one_of(what, ('data', 'features'), 'kind of file') == 'data':
+        from ltbook.data.images import copies_in, load_images
+        data = load_images(str(file), data_root)
+        for k, part in (('train', data.train), ('test', data.test)):
+            console.print(f'{k:6} {len(part)} images, {part.n_classes} classes, {part.counts.max()} to {part.counts.min()} a class, sha256 {part.sha256()}', soft_wrap=True)
+        for text in copies_in(data) or ['No image is there twice.']: console.print(text, soft_wrap=True)
+        return
     faults = check_features(file)
     if faults: raise UserError(f'{file}: ' + '; '.join(faults) + '.')
     for k, v in describe_features(file).items(): console.print(f'{k:15} {v}', soft_wrap=True)
@@ -250,9 +259,10 @@ def import_(
     data_root: Root = None,
 ):
     "Turn a folder of pictures into a data set, once."
-    from ltbook.data.images import data_root as find_root
+    from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
     console.print(f'wrote {import_folder(folder, name, find_root(data_root), size, test_fraction, force=force)}; use it with: ltbook run mislas {name}', soft_wrap=True)
+    for text in copies_in(load_images(name, data_root)): console.print(text, soft_wrap=True)
 
 @app.command('bench')
 def bench_(

@@ -13,6 +13,7 @@ from ..data.checks import UserError
 from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method
 from .folder import Run
+from .keeping import check_data
 from .run import make_context, read_stage, stage_logits
 from ..train.stage import Stage
 
@@ -21,7 +22,8 @@ def trained_stages(
     run: Run,  # finished
     context: Context,  # fresh, of its recipe; where a later stage wants logits of an earlier one, put them there between two steps
 ) -> Iterator[tuple[str, Stage]]:  # name of each stage, and the stage with the weights it ended with
-    "The stages of a run as they were left. Raises `UserError` for weights that are not here."
+    "The stages of a run as they were left. Raises `UserError` for weights that are not here, or other data than those of the run."
+    check_data(run.id, run.data, context.fingerprint)
     for name, build in get_method(run.recipe.method).stages.items():
         stage = build(context)
         if stage is None: continue

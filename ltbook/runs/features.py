@@ -65,4 +65,4 @@ def export_features(
     if not hasattr(network, 'features'): raise UserError(f'Stage {stage} of {run.id} has no image features: take another stage.')
     folder = Path(folder) if folder else data_root(root)/run.id.replace('/', '-')
     source = f'{run.id}, {stage or "first stage"}'
-    return tuple(write_features(folder/f'feature_{part}.h5', feature_batches(context, network, part, batch_size), linear_of(network), source) for part in ('train', 'test'))
+    return tuple(write_features(folder/f'feature_{part}.h5', feature_batches(context, network, part, batch_size), linear_of(network), source, context.fingerprint[part]) for part in ('train', 'test'))

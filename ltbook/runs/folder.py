@@ -48,6 +48,11 @@ class Run:
         "Stages with measures, in order, without 'final'."
         return [k for k, v in self.metrics.items() if isinstance(v, dict) and 'top1' in v and k != 'final']
 
+    @property
+    def data(self) -> dict[str, str] | None:
+        "Fingerprints of the parts it was trained and tested on; None for runs that are older than fingerprints."
+        return self.metrics.get('protocol', {}).get('data')
+
     @cached_property
     def history(self) -> pd.DataFrame: return pd.read_csv(self.path/'history.csv')
 

@@ -35,6 +35,7 @@ class Logits:
     logits: Tensor  # float32 (n, K_e + 1), or (n, C)
     labels: Tensor  # int64 (n,)
     class_mask: np.ndarray  # bool (C,)
+    data: str | None = None  # fingerprint of the images; None where nobody noted it
 
     def __post_init__(self):
         if len(self.labels) != len(self.logits): raise UserError(f'{self.name} has {len(self.logits)} rows of logits but {len(self.labels)} labels.')
@@ -60,7 +61,7 @@ def write_logits(
     "Write one member's logits, atomically."
     def write(p):
         with h5py.File(p, 'w') as f:
-            f.attrs['name'] = member.name
+            f.attrs['name'], f.attrs['data'] = member.name, member.data or ''
             f['logits'], f['labels'] = member.logits.float().cpu().numpy(), member.labels.cpu().numpy()
             f['class_mask'] = np.asarray(member.class_mask, bool)
     return write_atomic(Path(path), write)
@@ -78,7 +79,7 @@ def read_logits(
             if missing: raise UserError(f'{path} has no {", ".join(missing)}: a logit file holds logits, labels and class_mask.')
             a = {k: f[k][()] for k in ('logits', 'labels', 'class_mask')}
             return Logits(name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(),
-                          torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool))
+                          torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool), str(f.attrs.get('data', '')) or None)
     except OSError as e: raise UserError(f'{path} is not an HDF5 file or is damaged ({str(e).splitlines()[0][:80]}): write it again.') from None
 
 # %% ../../nbs/runs/68_fusion.ipynb #6395f75a
@@ -97,7 +98,8 @@ def run_members(
         if labels is None or key not in a: raise UserError(f'The run {run.id} has no logits of {s} on the part {part}: see `logits_on` to make '
                                                            f'them from its weights.')
         own = np.isin(np.arange(len(mask)), a[f'{s}/classes']) if f'{s}/classes' in a else mask
-        found.append(Logits(f'{run.recipe.method} {s}', torch.from_numpy(a[key]).float(), torch.from_numpy(labels).long(), own))
+        found.append(Logits(f'{run.recipe.method} {s}', torch.from_numpy(a[key]).float(), torch.from_numpy(labels).long(), own,
+                            (run.data or {}).get(part)))
     return found
 
 def export_logits(
@@ -121,6 +123,9 @@ def check_alike(
                                                            f'fuse logits of one data set.')
         if not torch.equal(m.labels, first.labels): raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same '
                                                                     f'images in the same order.')
+        if m.data and first.data and m.data != first.data:
+            raise UserError(f'{m.name} and {first.name} were asked about other images ({m.data[:8]}, {first.data[:8]}): fuse logits on the same '
+                            f'data.')
 
 @dataclass(frozen=True, eq=False)
 class Fused:
@@ -180,7 +185,7 @@ def logits_on(
         context.logits[name] = stage_logits(context, s) or {}
         if name == stage: break
     return Logits(f'{run.recipe.method} {stage}', torch.from_numpy(context.logits[stage]['logits']), images.labels.cpu(),
-                  np.ones(images.n_classes, bool))
+                  np.ones(images.n_classes, bool), images.sha256())
 
 # %% ../../nbs/runs/68_fusion.ipynb #faffa431
 def run_splits(
@@ -245,6 +250,7 @@ def share_generalist(
     source, folder = start.path/'generalist.safetensors', open_folder(recipe, out)
     if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: '
                                             f'{start.env.get("command")}')
+    write_atomic(folder/'manifest.json', lambda p: p.write_bytes((start.path/'manifest.json').read_bytes()))      # compared when it runs
     write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])
     write_atomic(folder/source.name, lambda p: p.write_bytes(source.read_bytes()))
     return folder

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_context', 'stage_logits', 'read_stage', 'run_stage', 'stage_measures', 'best_on_test', 'collect_metrics',
-           'write_predictions', 'recipe_from', 'copy_stage1', 'open_folder', 'run']
+           'write_predictions', 'make_manifest', 'read_manifest', 'positions', 'recipe_from', 'check_start',
+           'copy_stage1', 'open_folder', 'prepare', 'run']
 
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, time
@@ -17,6 +18,7 @@ from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, load_run, run_id
+from .keeping import check_data, data_at_hand
 from .recipe import STAGE1_FIELDS, Recipe, recipe
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device
@@ -37,7 +39,8 @@ def make_context(
     compute.use()
     data = recipe_data(recipe, root)
     parts, tail = method.split(recipe, data)
-    context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
+    known = {k: v.sha256() for k, v in parts.items()}
+    context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute, fingerprint=known)
     context.network = method.network(context)
     method.check(context)
     first = next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
@@ -114,7 +117,7 @@ def collect_metrics(
     for name in out: out[name] |= dict(selection=context.selection.get(name, 'last'), best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
     last = list(out)[-1]
     rule = protocol(context.parts['test'].labels.cpu(), context.tail.counts, context.recipe.shot_rule)
-    return out | dict(final=out[last] | dict(stage=last), protocol=rule | dict(selection=out[last]['selection'], data_sha256=context.tail.sha256) | context.notes)
+    return out | dict(final=out[last] | dict(stage=last), protocol=rule | dict(selection=out[last]['selection'], data_sha256=context.tail.sha256, data=context.fingerprint or None) | context.notes)
 
 # %% ../../nbs/runs/63_run.ipynb #b3641475
 def write_predictions(
@@ -125,10 +128,32 @@ def write_predictions(
     def write(p):
         with h5py.File(p, 'w') as f:
             f['labels'], f['train_counts'] = context.parts['test'].labels.cpu().numpy(), context.tail.counts
+            f.attrs['data'] = json.dumps(context.fingerprint)
             for stage, arrays in context.logits.items():
                 for name, a in arrays.items(): f[f'{stage}/{name}'] = a
             f['logits'] = h5py.SoftLink(f'/{[s for s, a in context.logits.items() if "logits" in a][-1]}/logits')
     return write_atomic(path, write)
+
+# %% ../../nbs/runs/63_run.ipynb #854c9d1f
+def make_manifest(
+    context: Context,  # with tail and fingerprint
+) -> dict:  # JSON-able
+    "Which images a run is about."
+    about = context.tail.to_dict()
+    return about | dict(positions_sha256=about['sha256'], sha256=context.fingerprint['train'], data=context.fingerprint)
+
+def read_manifest(
+    folder: Path,  # of a run
+) -> dict | None:  # None where there is none yet
+    "Which images a run is about, as it noted before its first step."
+    file = folder/'manifest.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
+
+def positions(
+    manifest: dict,  # of any age
+) -> str:  # SHA-256
+    "Fingerprint of the positions of the train images."
+    return manifest.get('positions_sha256', manifest['sha256'])
 
 # %% ../../nbs/runs/63_run.ipynb #3c32b971
 def recipe_from(
@@ -146,14 +171,25 @@ def recipe_from(
     return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **{k: getattr(r, k) for k in STAGE1_FIELDS}, **own, **changes)
 
 # %% ../../nbs/runs/63_run.ipynb #00857c77
-def copy_stage1(
+def check_start(
     start: Run,  # where stage 1 was trained
-    folder: Path,  # of the new run, with its manifest
+    context: Context,  # of the new run
 ) -> None:
-    "Take over weights and history of stage 1. Raises `UserError` for a run without weights, or on other images."
-    source, images = start.path/'stage1.safetensors', [json.loads((p/'manifest.json').read_text())['sha256'] for p in (start.path, folder)]
-    if images[0] != images[1]: raise UserError(f'The stage 1 of {start.id} was trained on other images than this run may use: run without --from.')
-    if not source.exists(): raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). Make them again with: {start.env.get("command")}')
+    "Raise `UserError` for a run without weights of stage 1, or on other images."
+    source, theirs = start.path/'stage1.safetensors', read_manifest(start.path)
+    check_data(start.id, theirs.get('data'), context.fingerprint)
+    if positions(theirs) != context.tail.sha256:
+        raise UserError(f'The stage 1 of {start.id} was trained on other images than this run may use: run without --from.')
+    if not source.exists():
+        raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). '
+                        f'Make them again with: {start.env.get("command")}')
+
+def copy_stage1(
+    start: Run,  # where stage 1 was trained, see `check_start`
+    folder: Path,  # of the new run
+) -> None:
+    "Take over weights and history of stage 1."
+    source = start.path/'stage1.safetensors'
     write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'stage1'])
     write_atomic(folder/'stage1.safetensors', lambda p: p.write_bytes(source.read_bytes()))
 
@@ -169,6 +205,29 @@ def open_folder(
     if not (folder/'recipe.json').exists(): write_json(folder/'recipe.json', json.loads(recipe.model_dump_json()))
     return folder
 
+# %% ../../nbs/runs/63_run.ipynb #20e7c164
+def prepare(
+    recipe: Recipe,  # what to run
+    out: str | Path = 'outputs',  # parent of all runs
+    root: str | Path | None = None,  # of the data, see `data_root`
+    device: str = 'auto',  # see `find_device`
+    start: Run | None = None,  # the run named in `recipe.start`
+    pack: Pack | None = None,  # see `run`
+) -> Context | None:  # for the stages; None for a run that is finished
+    "Look for every mistake that can be found before a folder is touched. Raises `UserError`."
+    name, folder = run_id(recipe), Path(out)/run_id(recipe)
+    if (folder/'done.json').exists():
+        check_data(name, load_run(folder).data, data_at_hand(recipe, root))
+        return None
+    context, noted = make_context(recipe, root, device, pack), read_manifest(folder)
+    if noted:
+        check_data(name, noted.get('data'), context.fingerprint)
+        if positions(noted) != context.tail.sha256:
+            raise UserError(f'The run {name} began on other images than would be chosen now: run with another --out.')
+    if recipe.start and not (folder/'stage1.safetensors').exists():
+        check_start(start or load_run(Path(out)/recipe.start), context)
+    return context
+
 # %% ../../nbs/runs/63_run.ipynb #33f466e2
 def run(
     recipe: Recipe,  # what to run
@@ -182,12 +241,14 @@ def run(
 ) -> Path:  # folder of the finished run
     "Run a recipe, or go on with one that was stopped. Raises `UserError` before training, `NonFiniteLoss` during it."
     began, folder = time.perf_counter(), Path(out)/run_id(recipe)
-    if (folder/'done.json').exists(): return folder
-    context = make_context(recipe, root, device, pack)
-    folder = open_folder(recipe, out)
+    context = prepare(recipe, out, root, device, start, pack)
+    if context is None: return folder
+    open_folder(recipe, out)
     for left in folder.glob('.*.part'): left.unlink()      # half-written files of a run that was killed
     sessions = open_session(folder)
-    write_json(folder/'manifest.json', context.tail.to_dict())
+    noted = read_manifest(folder)
+    if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
+    context.fingerprint = noted.get('data') or {}      # what it began with; runs older than fingerprints noted nothing
     if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)
     for name, build in get_method(recipe.method).stages.items():
         stage = build(context)

@@ -19,7 +19,7 @@ from .folder import load_run, run_id
 from .notebook import recipe_of
 from .progress import COLUMNS, cell
 from .recipe import Recipe
-from .run import make_context, run
+from .run import prepare, run
 from ..train.bench import child_env
 from ..train.compute import find_device
 from ..train.pack import Pack, together
@@ -189,7 +189,8 @@ def cli_seeds(
     recipes = plan_seeds(text, words, extra)
     folders = {s: Path(words['out'])/run_id(r) for s, r in recipes.items()}
     left = [s for s, f in folders.items() if not (f/'done.json').exists()]
-    if left: make_context(recipes[left[0]], words['data_root'], words['device'])      # mistakes show before a process starts
+    for s, r in recipes.items():      # mistakes show before a process starts
+        if s not in left or s == left[0]: prepare(r, words['out'], words['data_root'], words['device'])
     if packs(words['device']) and len(left) > 1 and extra.get('capture', True):
         say = lambda seed, row: console.print(f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)
         ends = run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)

@@ -19,11 +19,11 @@ from ..data.views import RandomViews
 from ..measure.accuracy import per_class_accuracy, shot_accuracy, top1
 from ..measure.aggregation import learn_weights, mix
 from ..measure.label_shift import estimate_prior, replace_prior
-from ..methods.method import get_method
+from .evaluate import trained_stages
 from .folder import Run, load_run
 from .run import make_context
 from ..train.compute import Compute
-from ..train.files import load_weights, write_atomic, write_json, write_rows
+from ..train.files import write_atomic, write_json, write_rows
 
 # %% ../../nbs/runs/67_shift.ipynb #1a784ec0
 def make_shifts(
@@ -84,7 +84,8 @@ def view_logits(
         raise UserError(f'The run {run.id} has no weights here (they are not kept in git), so its experts cannot adapt. '
                         f'Make them again with: {run.env.get("command")}; or ask without adapting.')
     context = make_context(run.recipe, root, device)
-    network, data, info = _trained(context, run, stage), context.parts['test'], context.info
+    network = next(s.network for name, s in trained_stages(run, context) if name == stage).eval()
+    data, info = context.parts['test'], context.info
     if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']):
         raise UserError(f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
     views, pairs = RandomViews(data, info.mean, info.std, info.pad, info.flip), []
@@ -103,11 +104,6 @@ def view_logits(
         if report: report(epoch + 1, epochs)
     return pairs
 
-def _trained(context, run: Run, stage: str):
-    "The network of the last stage, in eval mode."
-    built = [build(context) for build in get_method(run.recipe.method).stages.values()]
-    network = next(b.network for b in built if b is not None and b.name == stage)
-    return load_weights(run.path/f'{stage}.safetensors', context.compute.prepare(network)).eval()
 
 # %% ../../nbs/runs/67_shift.ipynb #a29f5cc2
 def shift(
@@ -140,7 +136,7 @@ def shift(
         found = answers(logits, s, counts, experts, learned[s.name].weights if learned else None)
         rows += [about | dict(answer=a) | score(z, labels[s.indices], groups) for a, z in found.items()]
     folder = run.path/('shift-reference' if reference_rng else 'shift')
-    settings = dict(run=run.id, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, only=None if only is None else list(only),
+    settings = dict(run=run.id, data=run.data, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, only=None if only is None else list(only),
                     same_subset=not reference_rng, reference_rng=reference_rng, shot_rule=run.recipe.shot_rule,
                     adapted=bool(learned), precision=precision, adapt_seconds=seconds)
     _write(folder, shifts, rows, learned, settings)

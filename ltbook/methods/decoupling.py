@@ -8,6 +8,7 @@ __all__ = ['crt', 'lws', 'tau_norm', 'DecouplingSettings', 'TauSettings', 'stage
 # %% ../../nbs/methods/54_decoupling.ipynb #6cd1be1d
 import torch
 from ..losses.cross_entropy import mixed_cross_entropy
+from .fast import fast_rows
 from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
 from .stages import classifier_stage, representation_stage
 from ..models.heads import HEADS, ScaledHead, tau_normalized
@@ -69,7 +70,10 @@ _digits = Published('digits', None, dict(epochs=100, mixup_alpha=1.0), 'ltbook: 
 _paper, _mixup = 'Kang et al., ICLR 2020, arXiv 1910.09217', dict(stage1=('MiSLAS', 'CE+mixup'))
 
 crt = register(Method('crt', 'classifier re-training', _paper, dict(stage1=stage1, stage2=crt_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1),
+                      fast=dict(stage2_lr=0.05), sweeps=dict(fast=lambda: fast_rows('crt')),
                       printed=_mixup | dict(stage2=('MiSLAS', 'cRT+mixup(s1)'))))
 lws = register(Method('lws', 'learnable weight scaling', _paper, dict(stage1=stage1, stage2=lws_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1),
+                      fast=dict(stage2_lr=0.05), sweeps=dict(fast=lambda: fast_rows('lws')),
                       printed=_mixup | dict(stage2=('MiSLAS', 'LWS+mixup(s1)'))))
-tau_norm = register(Method('tau_norm', 'tau-normalised classifier', _paper, dict(stage1=stage1, stage2=tau_stage2), TauSettings, (*_rows, _digits), printed=_mixup))
+tau_norm = register(Method('tau_norm', 'tau-normalised classifier', _paper, dict(stage1=stage1, stage2=tau_stage2), TauSettings, (*_rows, _digits),
+                           fast={}, sweeps=dict(fast=lambda: fast_rows('tau_norm')), printed=_mixup))

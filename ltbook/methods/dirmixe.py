@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.checks import UserError
 from ..data.images import ImageData
 from ..losses.dirichlet import DirichletPool, component_means, dirmixe_loss
+from .fast import fast_rows
 from .method import Context, Method, Published, get_method, register
 from .sade import ExpertSettings, expert_network, expert_stage
 from ..train.bench import MEAN, STD, noise_images, stage_step, take_turns
@@ -77,7 +78,8 @@ dirmixe = register(Method('dirmixe', 'experts for Dirichlet distributions of lab
     Published('inaturalist2018', None, _common | dict(backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4,
                                                     concentration=100_000.0, penalty=1.0), _code),
     Published('digits', None, _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
-), network=expert_network, printed=dict(stage1=('DirMixE', 'DirMixE'))))
+), network=expert_network, fast={}, sweeps=dict(fast=lambda: fast_rows('dirmixe')),
+   printed=dict(stage1=('DirMixE', 'DirMixE'))))
 
 # %% ../../nbs/methods/57_dirmixe.ipynb #8db64f6e
 def step_rates(

@@ -6,6 +6,7 @@
 __all__ = ['cross_entropy', 'mixup', 'PlainSettings', 'stage1']
 
 # %% ../../nbs/methods/53_plain.ipynb #515cd67f
+from .fast import fast_rows
 from .method import Context, Method, NonNegative, Published, Settings, register
 from .stages import representation_stage
 from ..train.stage import Stage
@@ -27,6 +28,7 @@ _rows = tuple(Published(d, i, {}, 'MiSLAS stage 1, authors\' configuration files
 _digits = Published('digits', None, dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits')
 
 cross_entropy = register(Method('cross_entropy', 'plain cross-entropy', 'baseline of every table', dict(stage1=stage1), PlainSettings, (*_rows, _digits),
+                                fast={}, sweeps=dict(fast=lambda: fast_rows('cross_entropy')),
                                 printed=dict(stage1=('MiSLAS', 'CE'))))
 
 def _mixed(p: Published) -> Published:
@@ -34,4 +36,5 @@ def _mixed(p: Published) -> Published:
     return Published(p.dataset, p.imbalance, p.changes | dict(mixup_alpha=1.0), p.source)
 
 mixup = register(Method('mixup', 'cross-entropy on mixed images', 'Zhang et al., ICLR 2018, arXiv 1710.09412', dict(stage1=stage1), PlainSettings,
-                        tuple(map(_mixed, (*_rows, _digits))), printed=dict(stage1=('MiSLAS', 'CE+mixup'))))
+                        tuple(map(_mixed, (*_rows, _digits))), fast={}, sweeps=dict(fast=lambda: fast_rows('mixup')),
+                        printed=dict(stage1=('MiSLAS', 'CE+mixup'))))

@@ -15,6 +15,7 @@ from ..data.augment import TrainView
 from ..data.checks import UserError
 from ..losses.experts import ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
 from ..losses.reweighting import class_balanced_weights
+from .fast import fast_rows
 from .method import Context, Method, Published, Settings, register
 from .stages import representation_stage
 from ..models.expert_resnet import ExpertResNet32
@@ -73,7 +74,7 @@ sade = register(Method('sade', 'three experts for three label distributions', 'Z
     Published('imagenet_lt', None, _imagenet | dict(weight_decay=5e-4), _code),
     Published('inaturalist2018', None, _inaturalist | dict(tau=1.0), _code),
     Published('digits', None, _cifar | dict(epochs=100), "ltbook: the values of SADE's CIFAR-10 configuration file, as no paper uses digits"),
-), network=expert_network, printed=dict(stage1=('SADE', 'SADE'))))
+), network=expert_network, fast={}, sweeps=dict(fast=lambda: fast_rows('sade')), printed=dict(stage1=('SADE', 'SADE'))))
 
 # %% ../../nbs/methods/56_sade.ipynb #083a68de
 class StepCount:

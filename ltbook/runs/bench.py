@@ -24,7 +24,7 @@ from . import bench_gpu, bench_testing as testing, bench_training as training
 from .bench_training import NotRun
 from .folder import find_outputs
 from .environment import git_state
-from .seeds import cores
+from ..train.processes import cores
 from .time_to_accuracy import time_row
 from ..train.bench import MEAN, STD, noise_images, rate, take_turns
 from ..train.files import write_atomic, write_json

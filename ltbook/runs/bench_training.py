@@ -21,7 +21,8 @@ from ..methods.method import Context
 from ..models.resnet_cifar import ResNet32
 from ..data.augment import PlainView
 from ..train.bilevel import bilevel_steps
-from ..train.bench import MEAN, STD, child_env, noise_images, stage_step, take_turns, train_rates, training_loops, two_run_rates
+from ..train.bench import MEAN, STD, noise_images, stage_step, take_turns, train_rates, training_loops, two_run_rates
+from ..train.processes import child_env
 
 # %% ../../nbs/runs/690_bench_training.ipynb #29431b2b
 class NotRun(Exception):

@@ -14,7 +14,7 @@ import torch
 from ..methods.method import get_method
 from .recipe import STAGE1_FIELDS, Recipe, changed, recipe
 from ..train.compute import Compute
-from ..train.files import read_rows, write_json
+from ..train.files import Damaged, read_json, read_rows, write_json
 
 # %% ../../nbs/runs/630_environment.ipynb #dae3463a
 PACKAGES = ('torch', 'torchvision', 'numpy', 'h5py', 'pandas', 'scikit-learn', 'torchmetrics', 'safetensors', 'pydantic')
@@ -64,7 +64,8 @@ def open_session(
 ) -> list[dict]:  # all sessions so far, this one last
     "Note that a run starts or goes on now, and with which code."
     file = folder/'sessions.json'
-    earlier = json.loads(file.read_text(encoding='utf-8'))['sessions'] if file.exists() else []
+    try: earlier = [dict(s) for s in read_json(file)['sessions']] if file.exists() else []
+    except (Damaged, KeyError, TypeError, ValueError): earlier = []      # a note that can't be read costs nothing but itself
     now = dict(started=datetime.now(timezone.utc).isoformat(timespec='seconds'), epochs_before=len(read_rows(folder/'history.csv')), captured=[], **git_state())
     write_json(file, dict(sessions=earlier + [now]))
     return earlier + [now]

@@ -24,7 +24,7 @@ from .folder import Run
 from .recipe import STAGE1_FIELDS, Recipe
 from .run import make_context, open_folder, stage_logits
 from ..train.compute import Compute
-from ..train.files import read_rows, write_atomic, write_rows
+from ..train.files import checked, read_rows, write_atomic, write_rows
 from ..train.loop import fit
 
 # %% ../../nbs/runs/68_fusion.ipynb #20f110cb
@@ -247,10 +247,11 @@ def share_generalist(
     def differ(a, b, names): return [k for k in names if getattr(a, k) != getattr(b, k)]
     other = differ(start.recipe, recipe, same) + differ(start.recipe.settings, recipe.settings, own)
     if other: raise UserError(f'The generalist of {start.id} was trained with another {", ".join(other)}: run without sharing.')
-    source, folder = start.path/'generalist.safetensors', open_folder(recipe, out)
+    source = start.path/'generalist.safetensors'
     if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: '
                                             f'{start.env.get("command")}')
-    write_atomic(folder/'manifest.json', lambda p: p.write_bytes((start.path/'manifest.json').read_bytes()))      # compared when it runs
+    folder = open_folder(recipe, out)
+    write_atomic(folder/'manifest.json', lambda p: p.write_bytes(checked(start.path/'manifest.json').read_bytes()))      # compared when it runs
     write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])
-    write_atomic(folder/source.name, lambda p: p.write_bytes(source.read_bytes()))
+    write_atomic(folder/source.name, lambda p: p.write_bytes(checked(source).read_bytes()))
     return folder

@@ -13,8 +13,9 @@ import ltbook
 from ..data.checks import UserError
 from .folder import load_run, run_id
 from .recipe import Recipe, recipe
-from .run import recipe_from
-from ..train.files import read_rows
+from .keeping import owned
+from .run import open_folder, recipe_from
+from ..train.files import read_rows, write_atomic
 
 # %% ../../nbs/runs/66_notebook.ipynb #b055582d
 def find_notebook() -> Path | None:  # None where papermill or the notebook is missing
@@ -71,35 +72,50 @@ def run_notebook(
     extra: dict,  # further ones
     show: Callable[[str], None] = lambda text: None,  # called with the live line
     report: Callable[[dict], None] = lambda row: None,  # called with every row of the history
+    say: Callable[[str], None] = print,  # told whom it waits for
 ) -> Path:  # the run folder, with run.ipynb
-    "Execute the notebook; the kernel's working folder is the current one. Raises `UserError` or `RuntimeError` with the notebook's own message."
+    "Execute the notebook in the current folder. Raises `UserError` or `RuntimeError` with the notebook's own message."
     import papermill
+    from nbclient.exceptions import DeadKernelError
     folder = Path(words['out'])/run_id(recipe)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f'Cannot make the run folder under {words["out"]}: {e.strerror}. Choose another place with --out.') from None
-    for left in folder.glob('.run-*.part.ipynb'): left.unlink()      # of a run that was killed
-    part, over = folder/f'.run-{os.getpid()}.part.ipynb', threading.Event()
-    watcher = threading.Thread(target=_watch, args=(folder, show, report, over), daemon=True)
-    watcher.start()
-    try: nb = papermill.execute_notebook(str(notebook), str(part), dict(words) | extra, kernel_name='python3', progress_bar=False, cwd=os.getcwd(),
-                                           extra_arguments=['--log-level=ERROR'])
-    except papermill.PapermillExecutionError as e:
-        part.replace(folder/'failed.ipynb')
-        raise (UserError if e.ename == 'UserError' else RuntimeError)(f'{e.evalue} (the notebook as far as it came: {folder/"failed.ipynb"})') from None
-    finally:
-        over.set(); watcher.join()
-        part.unlink(missing_ok=True)
-    part.write_text(json.dumps(tidy(nb), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    (folder/'failed.ipynb').unlink(missing_ok=True)
-    return part.replace(folder/'run.ipynb').parent
+    with owned(open_folder(recipe, words['out']), say, '.notebook.lock'):
+        if all((folder/n).exists() for n in ('run.ipynb', 'done.json')): return folder      # by the process that was waited for
+        for left in folder.glob('.run-*.part.ipynb'): left.unlink()      # of a run that was killed
+        part, over = folder/f'.run-{os.getpid()}.part.ipynb', threading.Event()
+        watcher = threading.Thread(target=_watch, args=(folder, show, report, over), daemon=True)
+        watcher.start()
+        try:
+            nb = papermill.execute_notebook(str(notebook), str(part), dict(words) | extra, kernel_name='python3',
+                                            progress_bar=False, cwd=os.getcwd(), extra_arguments=['--log-level=ERROR'])
+        except papermill.PapermillExecutionError as e:
+            part.replace(folder/'failed.ipynb')
+            where = f'(the notebook as far as it came: {folder/"failed.ipynb"})'
+            raise (UserError if e.ename == 'UserError' else RuntimeError)(f'{e.evalue} {where}') from None
+        except DeadKernelError:
+            raise RuntimeError(f'The process of the notebook ended, as it does when memory runs out. The same command goes on.') from None
+        except OSError as e:
+            raise UserError(f'Cannot write the notebook in {folder}: {e.strerror or e}. '
+                            'Free some space or choose another folder with --out.') from None
+        finally:
+            over.set(); watcher.join()
+            part.unlink(missing_ok=True)
+        text = json.dumps(tidy(nb), indent=1, ensure_ascii=False) + '\n'
+        write_atomic(folder/'run.ipynb', lambda p: p.write_text(text, encoding='utf-8'))
+        (folder/'failed.ipynb').unlink(missing_ok=True)
+    return folder
 
 def _watch(folder: Path, show, report, over: threading.Event) -> None:
     "Pass on the live line and the rows of the history, which the kernel leaves in files, until it is over."
-    seen, last = len(read_rows(folder/'history.csv')), False
+    seen, last, rows = len(_rows(folder)), False, []
     while not last:
         last = over.wait(0.5)
         try: show(json.loads((folder/'progress.json').read_text(encoding='utf-8')))
         except (OSError, ValueError): pass
-        rows = read_rows(folder/'history.csv')
+        rows = _rows(folder)
         for row in rows[seen:]: report(row)
-        seen = len(rows)
+        seen = max(seen, len(rows))
+
+def _rows(folder: Path) -> list[dict]:
+    "The history so far; nothing while it is just being written."
+    try: return read_rows(folder/'history.csv')
+    except UserError: return []

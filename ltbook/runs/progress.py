@@ -61,6 +61,11 @@ class Reporter:
         if self.file and self.file.parent.exists():
             with suppress(OSError): self.file.write_text(json.dumps(text), encoding='utf-8')
 
+    def say(self, text: str) -> None:
+        "Tell a person something that stays: a line of its own, also where another process shows it."
+        self.console.print(text, soft_wrap=True)
+        self.show(text)
+
     def report(self, row: dict) -> None:
         "One line an epoch, where there is no live line."
         if self.status: return

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_context', 'stage_logits', 'read_stage', 'run_stage', 'stage_measures', 'best_on_test', 'collect_metrics',
            'write_predictions', 'make_manifest', 'read_manifest', 'positions', 'recipe_from', 'check_start',
-           'copy_stage1', 'open_folder', 'prepare', 'run']
+           'copy_stage1', 'open_folder', 'begin_folder', 'prepare', 'run']
 
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, time
@@ -18,11 +18,12 @@ from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, load_run, run_id
-from .keeping import check_data, data_at_hand
-from .recipe import STAGE1_FIELDS, Recipe, recipe
+from .keeping import (PASSING, check_data, close_list, data_at_hand, open_list, owned, recover,
+                                 still_owned, tidy)
+from .recipe import STAGE1_FIELDS, UNHASHED, Recipe, recipe
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device
-from ..train.files import load_state, load_weights, read_rows, write_atomic, write_json, write_rows
+from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
 from ..train.loop import fit, predict
 from ..train.pack import Pack
 from ..train.stage import Stage
@@ -75,6 +76,7 @@ def run_stage(
     folder: Path,  # of the run
     report: Callable[[dict], None] | None = None,  # called with every row of the history
     on_step: Callable | None = None,  # called with (stage, epoch, images, loss)
+    say: Callable[[str], None] = print,  # told what a person should know
 ) -> None:
     "Train a stage, or read it if it was finished before."
     if (folder/f'{stage.name}.safetensors').exists(): return read_stage(stage, folder, context.compute)
@@ -84,7 +86,7 @@ def run_stage(
         if 'logits' not in arrays: return {}
         m = stage_measures(context, arrays['logits'])
         return dict(test_top1=m['top1'], test_ece15=m['ece15'])
-    fit(stage, context.compute, folder, look, context.recipe.test_every, report, on_step)
+    fit(stage, context.compute, folder, look, context.recipe.test_every, report, on_step, say)
 
 # %% ../../nbs/runs/63_run.ipynb #462df727
 def stage_measures(
@@ -147,7 +149,7 @@ def read_manifest(
 ) -> dict | None:  # None where there is none yet
     "Which images a run is about, as it noted before its first step."
     file = folder/'manifest.json'
-    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 def positions(
     manifest: dict,  # of any age
@@ -189,7 +191,7 @@ def copy_stage1(
     folder: Path,  # of the new run
 ) -> None:
     "Take over weights and history of stage 1."
-    source = start.path/'stage1.safetensors'
+    source = checked(start.path/'stage1.safetensors')
     write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'stage1'])
     write_atomic(folder/'stage1.safetensors', lambda p: p.write_bytes(source.read_bytes()))
 
@@ -198,12 +200,27 @@ def open_folder(
     recipe: Recipe,  # written into it
     out: str | Path,  # parent of all runs
 ) -> Path:  # out/dataset/method/seed-hash
-    "Make the folder of a run. Raises `UserError` if it can't be written."
+    "Make the folder of a run. Raises `UserError` if it can't be made."
     folder = Path(out)/run_id(recipe)
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f'Cannot make the run folder under {out}: {e.strerror}. Choose another place with --out.') from None
-    if not (folder/'recipe.json').exists(): write_json(folder/'recipe.json', json.loads(recipe.model_dump_json()))
+    except OSError as e:
+        raise UserError(f'Cannot make the run folder under {out}: {e.strerror}. Choose another place with --out.') from None
     return folder
+
+def begin_folder(
+    recipe: Recipe,  # what runs
+    folder: Path,  # its folder, owned by this process
+    say: Callable[[str], None] = print,  # told what is damaged
+) -> None:
+    "Write down what runs, or see that it is this; take away what is damaged. Raises `UserError` for another recipe."
+    for pattern in PASSING[:1]:
+        for left in folder.glob(pattern): left.unlink()      # half-written files of a run that was killed
+    open_list(folder)
+    recover(folder, get_method(recipe.method).stages, say)
+    file, ours = folder/'recipe.json', json.loads(recipe.model_dump_json())
+    if not file.exists(): write_json(file, ours)
+    elif other := [k for k, v in read_json(file).items() if k not in UNHASHED and v != ours.get(k, v)]:
+        raise UserError(f'recipe.json in {folder} has another {", ".join(other)} than its name says. Remove the folder to run it from its start.')
 
 # %% ../../nbs/runs/63_run.ipynb #20e7c164
 def prepare(
@@ -238,29 +255,41 @@ def run(
     report: Callable[[dict], None] | None = None,  # called with every row of the history
     on_step: Callable | None = None,  # called with (stage, epoch, images, loss)
     pack: Pack | None = None,  # of runs whose captured steps are done together; called from `together`
+    say: Callable[[str], None] = print,  # told what a person should know: whom it waits for, what is damaged
 ) -> Path:  # folder of the finished run
     "Run a recipe, or go on with one that was stopped. Raises `UserError` before training, `NonFiniteLoss` during it."
-    began, folder = time.perf_counter(), Path(out)/run_id(recipe)
-    context = prepare(recipe, out, root, device, start, pack)
-    if context is None: return folder
-    open_folder(recipe, out)
-    for left in folder.glob('.*.part'): left.unlink()      # half-written files of a run that was killed
-    sessions = open_session(folder)
-    noted = read_manifest(folder)
+    context, folder = prepare(recipe, out, root, device, start, pack), Path(out)/run_id(recipe)
+    if context is None and not any(p for q in PASSING for p in folder.glob(q)): return folder
+    with owned(open_folder(recipe, out), say) as lock:
+        if (folder/'done.json').exists():      # before, or by the process that was waited for
+            if context: check_data(run_id(recipe), load_run(folder).data, context.fingerprint)
+            tidy(folder)
+        else: _run(context, folder, start or recipe.start and load_run(Path(out)/recipe.start), lock, report, on_step, say)
+    return folder
+
+def _run(context: Context, folder: Path, start: Run | None, lock, report, on_step, say) -> None:
+    "All stages of a run in a folder that is owned."
+    recipe, began = context.recipe, time.perf_counter()
+    begin_folder(recipe, folder, say)
+    sessions, noted = open_session(folder), read_manifest(folder)
     if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
+    check_data(run_id(recipe), noted.get('data'), context.fingerprint)      # another process may have begun it meanwhile
     context.fingerprint = noted.get('data') or {}      # what it began with; runs older than fingerprints noted nothing
-    if recipe.start and not (folder/'stage1.safetensors').exists(): copy_stage1(start or load_run(Path(out)/recipe.start), folder)
+    if start and not (folder/'stage1.safetensors').exists(): copy_stage1(start, folder)
+    def step(*about):
+        still_owned(lock)
+        if on_step: on_step(*about)
     for name, build in get_method(recipe.method).stages.items():
         stage = build(context)
         if stage is None: continue
-        if context.compute.capture and can_capture(stage) and not (folder/f'{name}.safetensors').exists(): note_captured(folder, sessions, name)
-        run_stage(context, stage, folder, report, on_step)
+        if context.compute.capture and can_capture(stage) and not (folder/f'{name}.safetensors').exists():
+            note_captured(folder, sessions, name)
+        run_stage(context, stage, folder, report, step, say)
         arrays = stage_logits(context, stage)
         if arrays: context.logits[name], context.selection[name] = arrays, stage.selection
     rows = read_rows(folder/'history.csv')
+    still_owned(lock)
     write_predictions(folder/'predictions.h5', context)
     write_json(folder/'metrics.json', collect_metrics(context, rows))
     write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows))
-    write_json(folder/'done.json', dict(run=run_id(recipe)))
-    (folder/'sessions.json').unlink()
-    return folder
+    close_list(folder, run_id(recipe))

@@ -21,9 +21,10 @@ from ..measure.aggregation import learn_weights, mix
 from ..measure.label_shift import estimate_prior, replace_prior
 from .evaluate import trained_stages
 from .folder import Run, load_run
+from .keeping import owned
 from .run import make_context
 from ..train.compute import Compute
-from ..train.files import write_atomic, write_json, write_rows
+from ..train.files import checked, write_atomic, write_json, write_rows
 
 # %% ../../nbs/runs/67_shift.ipynb #1a784ec0
 def make_shifts(
@@ -139,7 +140,7 @@ def shift(
     settings = dict(run=run.id, data=run.data, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, only=None if only is None else list(only),
                     same_subset=not reference_rng, reference_rng=reference_rng, shot_rule=run.recipe.shot_rule,
                     adapted=bool(learned), precision=precision, adapt_seconds=seconds)
-    _write(folder, shifts, rows, learned, settings)
+    with owned(run.path): _write(folder, shifts, rows, learned, settings)
     return pd.DataFrame(rows)
 
 def _learn(s: Shift, pairs: list, seed: int):
@@ -201,7 +202,7 @@ def collect_shifts(
     runs = [r for r in runs if (r.path/folder/file).exists()]
     hashes = {m: {r.id.split('-')[-1] for r in runs if r.recipe.method == m} for m in {r.recipe.method for r in runs}}
     def line(r: Run) -> str: return r.recipe.method if len(hashes[r.recipe.method]) == 1 else f'{r.recipe.method} {r.id.split("-")[-1]}'
-    parts = [pd.read_csv(r.path/folder/file) for r in runs]
+    parts = [pd.read_csv(checked(r.path/folder/file)) for r in runs]
     for r, part in zip(runs, parts):
         for i, (name, value) in enumerate(dict(line=line(r), method=r.recipe.method, seed=r.recipe.seed, run=r.id).items()): part.insert(i, name, value)
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

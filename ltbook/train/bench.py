@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'noise_images', 'PilDataset', 'plain_batches', 'plain_step', 'our_batches', 'our_step',
-           'training_loops', 'rate', 'alternate', 'take_turns', 'train_rates', 'child_env', 'answer', 'SideBySide',
-           'two_run_rates', 'stage_step']
+           'training_loops', 'rate', 'alternate', 'take_turns', 'train_rates', 'answer', 'SideBySide', 'two_run_rates',
+           'stage_step']
 
 # %% ../../nbs/train/46_bench.ipynb #2c98b1c7
 import os, subprocess, sys, time
@@ -18,6 +18,7 @@ from ..data.sampling import InstanceBalanced
 from ..data.stores import ImageSet
 from ..losses.cross_entropy import mixed_cross_entropy
 from ..models.resnet_cifar import ResNet32
+from .processes import child_env
 from .compute import Compute, full
 from .loop import training_step
 
@@ -172,14 +173,6 @@ def train_rates(
     return [dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=median(v)/best, values=v) for k, v in speeds.items()]
 
 # %% ../../nbs/train/46_bench.ipynb #7be20d11
-def child_env(
-    threads: int | None = None,  # of its arithmetic; None leaves them alone
-) -> dict[str, str]:
-    "Environment of a Python process of its own that shall find this package and print at once."
-    path = os.pathsep.join(p for p in (str(Path(sys.modules['ltbook'].__file__).parents[1]), os.environ.get('PYTHONPATH')) if p)
-    count = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), str(threads)) if threads else {}
-    return dict(os.environ) | count | dict(PYTHONPATH=path, PYTHONUNBUFFERED='1')
-
 def answer() -> None:
     "What a child of `SideBySide` does: warm up, then train for as many seconds as a line of its input says and print images a second."
     torch.set_num_threads(1)

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['NonFiniteLoss', 'check_finite', 'training_step', 'train_epoch', 'full_fp32', 'predict', 'snapshot', 'restore',
-           'finish', 'fit']
+           'check_state', 'go_on', 'finish', 'fit']
 
 # %% ../../nbs/train/45_loop.ipynb #612f166f
 import json, time, zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
 from .captured import CapturedStep, captured_step
 from .compute import Compute, full
-from .files import load_state, read_rows, save_state, save_weights, write_rows
+from .files import Damaged, load_state, read_rows, save_state, save_weights, write_rows
 from .stage import Stage
 
 # %% ../../nbs/train/45_loop.ipynb #f1d26dff
@@ -127,6 +128,51 @@ def restore(
     for k, v in saved['state'].items(): stage.state[k].load_state_dict(v)
     return saved['epoch'], saved['curves']
 
+# %% ../../nbs/train/45_loop.ipynb #b2553e05
+def check_state(
+    saved: dict,  # from `load_state`
+    stage: Stage,  # that would go on
+    rows: list[dict],  # history of the run
+) -> None:
+    "Raise `Damaged` unless a state has all its parts, an epoch in range, and a history that reaches as far."
+    parts = ('stage', 'epoch', 'network', 'optimizer', 'curves', 'sampler', 'rng', 'state')
+    absent = [k for k in parts if k not in saved] if isinstance(saved, dict) else parts
+    if absent: raise Damaged(f'The training state of {stage.name} is damaged (no {", ".join(absent)}).')
+    done, seen = saved['epoch'], [r.get('epoch') for r in rows if r.get('stage') == stage.name]
+    if type(done) is not int or not 0 < done <= stage.epochs:
+        raise Damaged(f'The training state of {stage.name} is damaged (epoch {done!r} of {stage.epochs}).')
+    if seen[:done] != list(range(done)):
+        raise Damaged(f'The history of {stage.name} does not reach as far as its training state, {done} epochs.')
+
+def go_on(
+    folder: Path,  # of the run
+    stage: Stage,  # changed in place
+    optimizer: torch.optim.Optimizer,  # changed in place
+    rng: np.random.Generator,  # changed in place
+    say: Callable[[str], None] = print,  # told when a damaged state costs the stage
+) -> tuple[int, dict, list[dict]]:  # epochs finished, curves so far, rows of the history that stay
+    "Put a stage where it was left; at its start, where it was not begun or its state is damaged."
+    rows = read_rows(folder/'history.csv')
+    fresh = deepcopy(snapshot(stage, optimizer, rng, 0, {})) if (folder/'training.pt').exists() else None
+    done, curves = 0, {}
+    try:
+        saved = load_state(folder/'training.pt')
+        if saved is not None and (not isinstance(saved, dict) or saved.get('stage', stage.name) == stage.name):
+            check_state(saved, stage, rows)
+            done, curves = restore(saved, stage, optimizer, rng)
+            moments = [(p, v) for p, s in optimizer.state.items() for v in s.values() if isinstance(v, Tensor) and v.ndim]
+            if any(p.shape != v.shape for p, v in moments) or any(len(v) != done for v in curves.values()):
+                raise Damaged(f'The training state of {stage.name} is damaged (other shapes).')
+            for was, now in zip(fresh['optimizer']['param_groups'], optimizer.param_groups):
+                if other := [k for k in was if k not in ('lr', 'params') and now.get(k, was[k]) != was[k]]:
+                    raise Damaged(f'The training state of {stage.name} has another {", ".join(other)}.')
+    except (Damaged, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        why = str(e) if isinstance(e, Damaged) else f'The training state of {stage.name} does not fit.'
+        restore(fresh, stage, optimizer, rng)
+        done, curves = 0, {}
+        say(f'{why} It is trained again from its start.')
+    return done, curves, [r for r in rows if r['stage'] != stage.name or r['epoch'] < done]
+
 # %% ../../nbs/train/45_loop.ipynb #b72a163d
 def finish(
     stage: Stage,  # trained
@@ -148,15 +194,13 @@ def fit(
     test_every: int = 0,  # epochs between calls of `evaluate`; 0 never
     report: Callable[[dict], None] | None = None,  # called with every finished row
     on_step: Callable[[Stage, int, int, float], None] | None = None,  # called with (stage, epoch, images, mean loss)
+    say: Callable[[str], None] = print,  # told what a person should know
 ) -> tuple[list[dict], dict]:  # rows of this stage, curves (epochs, ...) by name
     "Train a stage from where it was left; write a row an epoch and, at the end, the weights. Raises `NonFiniteLoss`."
     compute.use()
     compute.prepare(stage.network)
     optimizer, rng = stage.optimizer(), np.random.default_rng([stage.seed, zlib.crc32(stage.name.encode())])
-    done, curves, rows = 0, {}, []
-    saved = load_state(folder/'training.pt') if folder else None
-    if saved and saved['stage'] == stage.name: done, curves = restore(saved, stage, optimizer, rng)
-    if folder: rows = [r for r in read_rows(folder/'history.csv') if r['stage'] != stage.name or r['epoch'] < done]
+    done, curves, rows = go_on(folder, stage, optimizer, rng, say) if folder else (0, {}, [])
     step = captured_step(stage, optimizer, compute)
     for epoch in range(done, stage.epochs):
         if stage.stop and stage.stop(epoch): break

@@ -57,7 +57,10 @@ class Run:
         return self.metrics.get('protocol', {}).get('data')
 
     @cached_property
-    def history(self) -> pd.DataFrame: return pd.DataFrame(read_rows(self.path/'history.csv'))
+    def history(self) -> pd.DataFrame:
+        "A row an epoch of every stage. Raises `UserError` where the table is not here, `Damaged` where it was changed."
+        if not (self.path/'history.csv').exists(): raise UserError(f'The run {self.id} has no history.csv here.')
+        return pd.DataFrame(read_rows(self.path/'history.csv'))
 
     @cached_property
     def predictions(self) -> dict[str, np.ndarray]:

@@ -86,7 +86,7 @@ def run_notebook(
         watcher.start()
         try:
             nb = papermill.execute_notebook(str(notebook), str(part), dict(words) | extra, kernel_name='python3',
-                                            progress_bar=False, cwd=os.getcwd(), extra_arguments=['--log-level=ERROR'])
+                                            progress_bar=False, cwd=os.getcwd(), extra_arguments=['--log-level=CRITICAL'])
         except papermill.PapermillExecutionError as e:
             part.replace(folder/'failed.ipynb')
             where = f'(the notebook as far as it came: {folder/"failed.ipynb"})'

@@ -1,0 +1,99 @@
+"""Two processes on one run folder, in many ways: nothing may be lost, wrong or half-written.
+
+`python tests/faults/pairs.py 50` does fifty pairs and prints a line each; the tests do a few.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ltbook.runs.folder import load_run
+from ltbook.runs.keeping import verify_files
+from ltbook.train.processes import child_env
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ['run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '8', '--device', 'cpu']
+ALLOWED = {'done.json', 'env.json', 'history.csv', 'manifest.json', 'metrics.json', 'predictions.h5', 'recipe.json',
+           'stage1.safetensors', 'stage2.safetensors', 'run.ipynb', 'figures'}
+
+
+def launch(out, bare, log):
+    return subprocess.Popen([sys.executable, '-m', 'ltbook', *WORDS, '--out', str(out), *['--bare']*bare], cwd=ROOT,
+                            env=child_env(1), stdout=open(log, 'wb'), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def kernels(out):
+    "Processes that still have this folder among their words or their open files."
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try:
+            if 'ipykernel' not in (p/'cmdline').read_text(): continue
+            names = [os.readlink(f) for f in (p/'fd').iterdir()] + [(p/'environ').read_text()]
+            if any(str(out) in n for n in names): found.append(int(p.name))
+        except OSError: continue
+    return found
+
+
+def whole_run(top):
+    "The same run, undisturbed."
+    p = launch(top/'alone', True, top/'alone.log')
+    assert p.wait(300) == 0, (top/'alone.log').read_text()
+    return load_run(next((top/'alone').glob('*/*/*')))
+
+
+def pair(top, whole, bare=(True, True), delay=0., kill=None, how=signal.SIGKILL):
+    "Two processes; the first one may be killed `kill` seconds after the second one has started. Returns what is wrong."
+    out = Path(tempfile.mkdtemp(dir=top))/'outputs'
+    logs = [out.parent/f'{i}.log' for i in (1, 2)]
+    first = launch(out, bare[0], logs[0])
+    time.sleep(delay)
+    second = launch(out, bare[1], logs[1])
+    if kill is not None:
+        time.sleep(kill)
+        first.send_signal(how)
+    codes = [p.wait(600) for p in (first, second)]
+    texts = [log.read_text() for log in logs]
+    wrong = [f'traceback in process {i + 1}' for i, t in enumerate(texts) if 'Traceback' in t]
+    fine = {0} if kill is None else {0, -how, 128 + how}
+    if codes[0] not in fine or codes[1] != 0: wrong.append(f'exit codes {codes}: {texts[1][-300:]}')
+    folders = list(out.glob('*/*/*'))
+    if len(folders) != 1: return wrong + [f'{len(folders)} folders']
+    try: run = load_run(folders[0])
+    except Exception as e: return wrong + [repr(e)]
+    if verify_files(run.path)['changed']: wrong.append('changed files')
+    left = {p.name for p in run.path.iterdir()} - ALLOWED
+    if left: wrong.append(f'left behind: {left}')
+    columns = ['stage', 'epoch', 'lr', 'loss']
+    if not pd.DataFrame(run.history)[columns].equals(pd.DataFrame(whole.history)[columns]): wrong.append('another history')
+    if not np.array_equal(run.predictions['logits'], whole.predictions['logits']): wrong.append('other logits')
+    if run.metrics != whole.metrics: wrong.append('other metrics')
+    if not all(bare) and kill is None and not (run.path/'run.ipynb').exists(): wrong.append('no notebook')
+    return wrong
+
+
+def main(n, seed=0):
+    random.seed(seed)
+    faults = 0
+    with tempfile.TemporaryDirectory() as d:
+        whole = whole_run(Path(d))
+        for i in range(n):
+            bare, delay = (random.random() < .7, random.random() < .7), random.uniform(0, 3)
+            kill = random.uniform(0, 6) if random.random() < .5 else None
+            wrong = pair(Path(d), whole, bare, delay, kill)
+            faults += bool(wrong)
+            how = ' and '.join('bare' if b else 'notebook' for b in bare)
+            print(f'{i + 1:3} {how}, {delay:.1f} s apart, {"first killed" if kill is not None else "both live"}: '
+                  f'{"; ".join(wrong) or "fine"}', flush=True)
+    print(json.dumps(dict(pairs=n, faults=faults)))
+    return faults
+
+
+if __name__ == '__main__': sys.exit(bool(main(int(sys.argv[1]), *map(int, sys.argv[2:]))))

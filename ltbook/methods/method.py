@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['NonNegative', 'Positive', 'Length', 'Settings', 'Published', 'Context', 'standard_data', 'standard_split',
-           'standard_network', 'Method', 'register', 'methods', 'get_method', 'recipe_data']
+           'standard_network', 'Method', 'register', 'methods', 'import_methods', 'get_method', 'recipe_data']
 
 # %% ../../nbs/methods/50_method.ipynb #676f1039
-import importlib, pkgutil
+import importlib, importlib.util, os, pkgutil, sys, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any
 import numpy as np, torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -138,11 +141,35 @@ def register(
 
 # %% ../../nbs/methods/50_method.ipynb #90495e1a
 def methods() -> dict[str, Method]:
-    "All methods by name, those of this package and those registered by the user."
+    "All methods by name: of this package, of installed packages (entry points `ltbook.methods`), of LTBOOK_IMPORT, registered here."
     package, mine = importlib.import_module('ltbook.methods'), dict(_methods)
     for m in pkgutil.iter_modules(package.__path__): importlib.import_module(f'ltbook.methods.{m.name}')
+    _installed()
+    for module in filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)): import_methods(module)
     _methods.update(mine)      # what was registered here before counts more than what an import brought
     return dict(sorted(_methods.items()))
+
+@cache
+def _installed() -> None:
+    "Import what installed packages announce; one that fails is told and left out."
+    for point in entry_points(group='ltbook.methods'):
+        try: point.load()
+        except Exception as e: warnings.warn(f'The methods of {point.value} cannot be loaded ({type(e).__name__}: {e}).', stacklevel=2)
+
+@cache
+def import_methods(
+    module: str,  # a.b.c, found from the current folder on, or a file ending in .py
+) -> None:
+    "Import a module that registers methods. Raises `UserError` with its own error."
+    try:
+        if module.endswith('.py'):
+            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[spec.name])
+        else:
+            if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
+            importlib.import_module(module)
+    except Exception as e: raise UserError(f'{module} cannot be imported ({type(e).__name__}: {e}).') from None
 
 # %% ../../nbs/methods/50_method.ipynb #19a9dde8
 def get_method(

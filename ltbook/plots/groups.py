@@ -7,27 +7,30 @@ __all__ = ['plot_groups']
 
 # %% ../../nbs/plots/72_groups.ipynb #52229f8b
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from .style import COLORS, house_axes
 
 # %% ../../nbs/plots/72_groups.ipynb #12bb4dd9
 def plot_groups(
-    table: pd.DataFrame,  # accuracies 0..1: a row a run, a column a group (many, medium, few, all); nan or None where there is none
+    table: pd.DataFrame,  # accuracies 0..1: a row a run, or one a seed under the run's name; a column a group; nan for none
     ax: Axes | None = None,  # axes to use; None makes a new figure
-    errors: pd.DataFrame | None = None,  # half lengths of error bars, same index and columns
 ) -> Axes:  # the axes
-    "Grouped bars: one group for each column, one colour for each row."
-    ax = house_axes(ax, (5.0, 3.2))
-    table, width = table.astype(float), 0.8 / len(table)
-    for i, (run, values) in enumerate(table.iterrows()):
-        at = [j - 0.4 + (i + 0.5) * width for j in range(len(values))]
-        spread = None if errors is None else errors.loc[run, table.columns].astype(float)
-        look = dict(color=COLORS[i % len(COLORS)], hatch='///' * (i // len(COLORS)), edgecolor='white', linewidth=0)  # hatched from the 11th run on
-        ax.bar(at, values, 0.92 * width, yerr=spread, label=str(run), error_kw=dict(ecolor='0.25', elinewidth=1, capsize=2), **look)
-        for x in (x for x, missing in zip(at, values.isna()) if missing):
-            ax.text(x, 0.01, 'n/a', rotation=90, ha='center', va='bottom', fontsize='small', color='0.4', transform=ax.get_xaxis_transform())
-    ax.set_xticks(range(table.shape[1]), table.columns)
+    "Grouped bars, one colour a run: the mean of its rows and, where it has several, their standard deviation."
+    ax, table = house_axes(ax, (5.0, 3.2)), table.astype(float).rename(index=str)
+    runs, width = list(dict.fromkeys(table.index)), 0.8
+    long = table.rename_axis('run').reset_index().melt('run', var_name='group', value_name='accuracy')
+    palette = [COLORS[i % len(COLORS)] for i in range(len(runs))]
+    sns.barplot(long, x='group', y='accuracy', hue='run', hue_order=runs, palette=palette, saturation=1, width=width, gap=0.08,
+                errorbar='sd', err_kws=dict(color='0.25', linewidth=1), capsize=0.2, ax=ax)
+    for i, bars in enumerate(ax.containers[:len(runs)]):
+        for bar in bars: bar.set(hatch='///'*(i // len(COLORS)), edgecolor='white', linewidth=0)      # hatched from the 11th run on
+    for i, (run, values) in enumerate(table.groupby(level=0, sort=False)):
+        for j, missing in enumerate(values.isna().all()):
+            x = j + width*((i + 0.5)/len(runs) - 0.5)
+            if missing: ax.text(x, 0.01, 'n/a', rotation=90, ha='center', va='bottom', fontsize='small', color='0.4',
+                                transform=ax.get_xaxis_transform())
     ax.tick_params(axis='x', length=0)
-    ax.set(ylabel='accuracy', ylim=(0, None))
+    ax.set(xlabel='', ylabel='accuracy', ylim=(0, None))
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=min(3, len(table)), fontsize='small', frameon=False, handlelength=1, borderaxespad=0.2)
     return ax

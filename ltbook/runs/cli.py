@@ -7,7 +7,7 @@ __all__ = ['app', 'console', 'Out', 'Root', 'Device', 'PoliteGroup', 'parse_chan
            'show_', 'sweep_', 'verify_', 'eval_', 'shift_', 'features_', 'doctor_', 'import_', 'bench_', 'main']
 
 # %% ../../nbs/runs/79_cli.ipynb #9184d439
-import json
+import json, os
 from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,16 @@ from ..train.processes import Terminated, ending_on_term
 # %% ../../nbs/runs/79_cli.ipynb #8324cd7f
 class PoliteGroup(TyperGroup):
     "A group of verbs that turns a `UserError` into one sentence and exit code 2, and a failed training into exit code 1."
+    def parse_args(self, ctx, args):
+        "Take `--import MODULE` out of the words, wherever it stands."
+        left, words = [], iter(args)
+        for word in words:
+            if word == '--': left += [word, *words]
+            elif word == '--import': _import_later(next(words, None))
+            elif word.startswith('--import='): _import_later(word.partition('=')[2])
+            else: left.append(word)
+        return super().parse_args(ctx, left)
+
     def invoke(self, ctx):
         try:
             with ending_on_term(): return super().invoke(ctx)
@@ -33,7 +43,16 @@ class PoliteGroup(TyperGroup):
         typer.echo(text, err=True)
         raise typer.Exit(code)
 
-app = typer.Typer(cls=PoliteGroup, no_args_is_help=True, add_completion=False, help='The workbook for long-tailed image recognition.', pretty_exceptions_enable=False)
+def _import_later(module: str | None) -> None:
+    "Note a module with methods; what looks for methods, here and in processes that are started, imports it."
+    if not module:
+        typer.echo('Error: --import takes the name of a module or a file, for example: --import my_method.py', err=True)
+        raise typer.Exit(2)
+    if module.endswith('.py'): module = str(Path(module).absolute())
+    known = list(filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)))
+    if module not in known: os.environ['LTBOOK_IMPORT'] = os.pathsep.join([*known, module])
+
+app = typer.Typer(cls=PoliteGroup, no_args_is_help=True, add_completion=False, help='The workbook for long-tailed image recognition. Every verb takes --import MODULE, for methods of your own.', pretty_exceptions_enable=False)
 console = Console(highlight=False, force_jupyter=False)
 
 # %% ../../nbs/runs/79_cli.ipynb #f81cd377

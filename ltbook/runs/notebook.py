@@ -19,10 +19,11 @@ from ..train.files import read_rows, write_atomic
 
 # %% ../../nbs/runs/66_notebook.ipynb #b055582d
 def find_notebook() -> Path | None:  # None where papermill or the notebook is missing
-    "The experiment notebook: beside the package in a checkout, or below the current folder."
+    "The experiment notebook: beside the package in a checkout, or inside the installed package."
     if importlib.util.find_spec('papermill') is None: return None
-    places = (Path(ltbook.__file__).parents[1], Path.cwd())
-    return next((p for place in places if (p := place/'nbs'/'experiments'/'80_run.ipynb').exists()), None)
+    package = Path(ltbook.__file__).parent
+    places = (package.parent/'nbs'/'experiments', package/'notebooks')
+    return next((p for place in places if (p := place/'80_run.ipynb').exists()), None)
 
 # %% ../../nbs/runs/66_notebook.ipynb #e21a4803
 def extra_parameters(

@@ -17,7 +17,7 @@ import pairs
 from ltbook.data.checks import UserError
 from ltbook.runs.cli import app
 from ltbook.runs.folder import load_run, run_id, scan_runs
-from ltbook.runs.keeping import PASSING, verify_files
+from ltbook.runs.keeping import LOCKS, PASSING, verify_files
 from ltbook.runs.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.train.files import write_json
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize('bare, delay, kill', [
-    ((True, True), .5, 4.), ((False, False), .3, None), ((False, True), 2., 5.)])
+    ((True, True), .5, 4.), ((False, False), .3, None), ((True, False), .5, None), ((False, True), 2., 5.)])
 def test_two_processes_on_one_folder(whole, bare, delay, kill):
     assert pairs.pair(*whole, bare, delay, kill) == []
 
@@ -70,7 +70,8 @@ def test_an_edited_recipe_is_refused(finished, tmp_path):
         (folder/'recipe.json').write_text(json.dumps(r | dict(lr=.5)))
     edit(finished.path)
     with pytest.raises(UserError, match='recipe.json'): load_run(finished.path)
-    (finished.path/'done.json').write_text(json.dumps(dict(run=run_id(finished.recipe))))
+    done = json.loads((finished.path/'done.json').read_text())
+    (finished.path/'done.json').write_text(json.dumps(dict(run=done['run'], files={})))
     with pytest.raises(UserError, match='not that of'): load_run(finished.path)
     class Stop(Exception): pass
     def stop(row): raise Stop
@@ -113,10 +114,10 @@ def test_one_bad_folder_is_one_line(finished):
 
 def test_left_overs_of_a_finished_run(finished):
     "Killed just after the end: the next call takes them away"
-    for name in ('training.pt', 'sessions.json', 'files.json', 'progress.json', '.history.csv.77.part', '.run-77.part.ipynb'):
+    for name in ('training.pt', 'sessions.json', 'files.json', 'progress.json', '.history.csv.99999999.part', '.run-99999999.part.ipynb', 'failed.ipynb', '.lock'):
         (finished.path/name).write_text('{}')
     assert run(finished.recipe, finished.path.parents[2], device='cpu') == finished.path
-    assert not [p for q in PASSING for p in finished.path.glob(q)] and load_run(finished.path).metrics == finished.metrics
+    assert not [p for q in (*PASSING, *LOCKS) for p in finished.path.glob(q)] and load_run(finished.path).metrics == finished.metrics
 
 
 @pytest.mark.parametrize('bare', [True, False], ids=['bare', 'notebook'])
@@ -126,7 +127,7 @@ def test_asked_to_end(tmp_path, bare, how):
     words = ['run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '20', '--device', 'cpu', '--out', str(tmp_path), *['--bare']*bare]
     folder = tmp_path/run_id(recipe('mislas', profile='smoke', epochs=20))
     log = tmp_path/'log'
-    p = subprocess.Popen([sys.executable, '-m', 'ltbook', *words], env=child_env(1), stdout=log.open('wb'), stderr=subprocess.STDOUT,
+    p = subprocess.Popen([sys.executable, '-m', 'ltbook', *words], env=child_env(1) | {pairs.MARK: str(folder)}, stdout=log.open('wb'), stderr=subprocess.STDOUT,
                          start_new_session=True)
     while not (folder/'history.csv').exists():
         assert p.poll() is None, log.read_text()
@@ -144,8 +145,10 @@ def test_orphaned_kernel(tmp_path):
     "The notebook's process is killed outright: its kernel ends, or is waited for, and the run ends as it should"
     words = ['run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '20', '--device', 'cpu', '--out', str(tmp_path)]
     folder = tmp_path/run_id(recipe('mislas', profile='smoke', epochs=20))
-    p = subprocess.Popen([sys.executable, '-m', 'ltbook', *words], env=child_env(1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder/'history.csv').exists(): time.sleep(.05)
+    p = subprocess.Popen([sys.executable, '-m', 'ltbook', *words], env=child_env(1) | {pairs.MARK: str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder/'history.csv').exists():
+        assert p.poll() is None
+        time.sleep(.05)
     p.kill(); p.wait()
     assert run(recipe('mislas', profile='smoke', epochs=20), tmp_path, device='cpu') == folder
     assert len(load_run(folder).history) == 21
@@ -210,13 +213,12 @@ def test_another_owner_is_named(tmp_path):
 def test_a_stolen_folder_is_left(tmp_path, monkeypatch):
     "A process that was taken for dead must not go on writing"
     import ltbook.runs.keeping as keeping
-    from filelock import SoftFileLease
     from types import SimpleNamespace
     r, steps = recipe('mixup', profile='smoke'), []
     lost = property(lambda self: SimpleNamespace(reason='owner-changed') if steps else None)
     monkeypatch.setattr(keeping.SoftFileLease, 'compromise', lost)
     with pytest.raises(UserError, match='taken over'): run(r, tmp_path, device='cpu', on_step=lambda *a: steps.append(a))
-    assert len(steps) == 1 and issubclass(keeping.SoftFileLease, SoftFileLease)
+    assert len(steps) == 1 and not (tmp_path/run_id(r)/'history.csv').exists()
 
 
 def test_checks_cost_little(tmp_path, finished):
@@ -225,7 +227,8 @@ def test_checks_cost_little(tmp_path, finished):
         folder = tmp_path/'many'/'digits'/'mixup'/f'{seed}-{finished.path.name.split("-")[1]}'
         folder.mkdir(parents=True)
         r = finished.recipe.model_copy(update=dict(seed=seed))
-        texts = dict(recipe=r.model_dump_json(), metrics=json.dumps(finished.metrics), env=json.dumps(finished.env))
+        protocol = {k: v for k, v in finished.metrics['protocol'].items() if k != 'data'}      # as it was before there were lists
+        texts = dict(recipe=r.model_dump_json(), metrics=json.dumps(finished.metrics | dict(protocol=protocol)), env=json.dumps(finished.env))
         for k, text in texts.items(): (folder/f'{k}.json').write_text(text)
         write_json(folder/'done.json', dict(run=run_id(r)))
     began = time.perf_counter()
@@ -236,4 +239,22 @@ def test_checks_cost_little(tmp_path, finished):
         write_json(folder/'done.json', dict(run=f'digits/mixup/{folder.name}', files=_hashes(folder)))
     began = time.perf_counter()
     assert len(scan_runs(tmp_path/'many')[0]) == 100
-    assert time.perf_counter() - began - without < .5
+    assert time.perf_counter() - began - without < .2
+
+
+def test_an_absent_manifest_is_not_made_anew(tmp_path):
+    "An unfinished run whose manifest is gone can't know its data"
+    class Stop(Exception): pass
+    def stop(row): raise Stop
+    r = recipe('mixup', profile='smoke')
+    with pytest.raises(Stop): run(r, tmp_path, device='cpu', report=stop)
+    (tmp_path/run_id(r)/'manifest.json').unlink()
+    with pytest.raises(UserError, match='manifest.json'): run(r, tmp_path, device='cpu')
+    assert not (tmp_path/run_id(r)/'manifest.json').exists()
+
+
+def test_a_list_that_is_gone_is_noticed(finished):
+    "Without its list a new run would pass for one that is older than lists"
+    (finished.path/'done.json').write_text(json.dumps(dict(run=finished.id)))
+    with pytest.raises(UserError, match='list of files'): load_run(finished.path)
+    assert CliRunner().invoke(app, ['verify', str(finished.path)], env=ENV).exit_code == 1

@@ -18,6 +18,7 @@ from ltbook.runs.cli import app
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.recipe import Recipe, recipe
 from ltbook.runs.run import recipe_from, run
+from ltbook.train.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT/'nbs'/'experiments'/'80_run.ipynb'
@@ -99,15 +100,20 @@ def test_bad_folders(smoke, tmp_path):
     with pytest.raises(UserError, match='damaged'): load_run(copy).predictions
     recipe_file = json.loads((copy/'recipe.json').read_text())
     (copy/'recipe.json').write_text(json.dumps(recipe_file | dict(method='mine')))
+    with pytest.raises(UserError, match='recipe.json .* was changed'): load_run(copy)
+    write_json(copy/'recipe.json', recipe_file | dict(method='mine'))
     with pytest.raises(UserError, match='mine'): load_run(copy)
 
 
 def test_truncated_training_state_is_told(tmp_path):
-    r = recipe('cross_entropy', profile='smoke')
+    "It costs the stage, says so, and the run ends with the numbers of an undisturbed one"
+    r, said = recipe('cross_entropy', profile='smoke'), []
     folder = tmp_path/run_id(r)
     folder.mkdir(parents=True)
     (folder/'training.pt').write_bytes(b'PK half')
-    with pytest.raises(UserError, match='damaged'): run(r, tmp_path)
+    again = load_run(run(r, tmp_path, say=said.append))
+    assert len(said) == 1 and 'damaged' in said[0] and 'from its start' in said[0]
+    assert np.array_equal(again.predictions['logits'], load_run(run(r, tmp_path/'whole')).predictions['logits'])
 
 
 @pytest.mark.parametrize('words, says', [

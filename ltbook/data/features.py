@@ -9,14 +9,17 @@ __all__ = ['FeatureSet', 'write_features', 'check_features', 'describe_features'
 # %% ../../nbs/data/08_features.ipynb #4714ee98
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import UserError
+from .checks import UserError, writing
+from .fingerprint import row_hashes
 from .images import ImageData
 
 # %% ../../nbs/data/08_features.ipynb #154664be
@@ -40,6 +43,10 @@ class FeatureSet:
         "The same on another device."
         head = self.head and tuple(t.to(device) for t in self.head)
         return replace(self, features=self.features.to(device), labels=self.labels.to(device), head=head)
+    @cached_property
+    def rows(self) -> np.ndarray:
+        "SHA-256 of every row: uint8 (N, 32)."
+        return row_hashes(self.features.cpu().numpy())
     def sha256(self) -> str:
         "Fingerprint of features and labels."
         h = hashlib.sha256(np.ascontiguousarray(self.features.cpu().numpy(), dtype='<f4'))
@@ -56,26 +63,34 @@ def write_features(
 ) -> Path:  # `path`
     "Write a feature file batch by batch. Raises `UserError` if the batches differ in width or there are none."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, n = path.with_name(f'.{path.name}.{uuid4().hex[:8]}.part'), 0
+    part = path.with_name(f'.{path.name}.{uuid4().hex[:8]}.part')
     try:
-        with h5py.File(part, 'w') as f:
-            for x, y in batches:
-                x, y = x.detach().float().cpu().numpy(), y.cpu().numpy().astype(np.int64)
-                if not n:
-                    f.create_dataset('features', (0, x.shape[1]), 'f4', maxshape=(None, x.shape[1]), chunks=(max(1, 2**18//x.shape[1]), x.shape[1]))
-                    f.create_dataset('labels', (0,), 'i8', maxshape=(None,), chunks=(2**13,))
-                if x.shape[1:] != f['features'].shape[1:]: raise UserError(f'Features of {x.shape[1]} numbers come after features of {f["features"].shape[1]}.')
-                for key, a in (('features', x), ('labels', y)):
-                    f[key].resize(n + len(x), axis=0)
-                    f[key][n:] = a
-                n += len(x)
-            if not n: raise UserError(f'There are no features to write to {path.name}.')
-            if head: f['head_weight'], f['head_bias'] = (t.detach().float().cpu().numpy() for t in head)
-            f.attrs['source'], f.attrs['data'] = source, data
-        part.replace(path)
-    finally: part.unlink(missing_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with h5py.File(part, 'w') as f:
+                if not _append(f, batches): raise UserError(f'There are no features to write to {path.name}.')
+                if head: f['head_weight'], f['head_bias'] = (t.detach().float().cpu().numpy() for t in head)
+                f.attrs['source'], f.attrs['data'] = source, data
+            part.replace(path)
+    finally:
+        with suppress(OSError): part.unlink(missing_ok=True)
     return path
+
+def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    "Add batches to an open file; returns the number of rows."
+    n = 0
+    for x, y in batches:
+        x, y = x.detach().float().cpu().numpy(), y.cpu().numpy().astype(np.int64)
+        d = x.shape[1]
+        if not n:
+            f.create_dataset('features', (0, d), 'f4', maxshape=(None, d), chunks=(max(1, 2**18//d), d))
+            f.create_dataset('labels', (0,), 'i8', maxshape=(None,), chunks=(2**13,))
+        if f['features'].shape[1] != d: raise UserError(f'Features of {d} numbers come after features of {f["features"].shape[1]}.')
+        for key, a in (('features', x), ('labels', y)):
+            f[key].resize(n + len(x), axis=0)
+            f[key][n:] = a
+        n += len(x)
+    return n
 
 # %% ../../nbs/data/08_features.ipynb #dc91775b
 def _open(path: str | Path) -> h5py.File:

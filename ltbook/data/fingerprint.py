@@ -10,7 +10,6 @@ import hashlib, json, os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from zipfile import BadZipFile
 import numpy as np
 from .checks import UserError
 
@@ -53,7 +52,7 @@ def kept_rows(
 ) -> dict[str, np.ndarray]:  # name -> uint8 (N, 32)
     "Hashes of the rows of a file, from the file beside it or made and kept there."
     beside = Path(path).with_name(f'.{Path(path).name}.rows.npz')
-    with suppress(OSError, ValueError, KeyError, BadZipFile, EOFError), np.load(beside, allow_pickle=False) as f:
+    with suppress(Exception), np.load(beside, allow_pickle=False) as f:      # whatever is wrong with it, it can be made again
         rows = {k: f[k] for k in parts}
         fits = all(rows[k].dtype == np.uint8 and rows[k].shape == (len(v), 32) for k, v in parts.items())
         if fits and f['stamp'].tolist() == stamp: return rows

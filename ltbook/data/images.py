@@ -50,7 +50,8 @@ def is_here(
     root: str | Path | None = None,  # folder of the data sets, see `data_root`
 ) -> bool:
     "Whether a data set can be read without a download: images or, in a folder of its name, feature files."
-    return name == 'digits' or (data_root(root)/f'{name}.h5').is_file() or (data_root(root)/name).is_dir()
+    root = data_root(root)
+    return name == 'digits' or (root/f'{name}.h5').is_file() or any((root/name).glob('feature*_train.h5'))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db
 def _digits() -> tuple[ImageSet, ImageSet]:

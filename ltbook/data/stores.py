@@ -6,6 +6,7 @@
 __all__ = ['RESERVED', 'PICTURES', 'ImageSet', 'write_h5', 'read_h5', 'import_folder']
 
 # %% ../../nbs/data/02_stores.ipynb #420ff0cd
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import UserError
+from .checks import UserError, writing
 from .fingerprint import file_stamp, kept_rows, row_hashes, set_hash
 
 # %% ../../nbs/data/02_stores.ipynb #25ac2418
@@ -74,18 +75,24 @@ def write_h5(
     "Write a data set to one HDF5 file, atomically; `UserError` if the two parts have other classes."
     if train.classes != test.classes: raise UserError('The training and the test part must have the same classes in the same order.')
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{uuid4().hex[:8]}.part')
     try:
-        with h5py.File(part, 'w') as f:
-            f.attrs['classes'] = list(train.classes)
-            for k, v in attrs.items(): f.attrs[k] = v
-            for name, data in (('train', train), ('test', test)):
-                f[f'{name}/images'] = data.pixels
-                f[f'{name}/labels'] = data.labels.cpu().numpy()
-        part.replace(path)
-    finally: part.unlink(missing_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _fill(part, train, test, attrs)
+            part.replace(path)
+    finally:
+        with suppress(OSError): part.unlink(missing_ok=True)
     return path
+
+def _fill(path: Path, train: ImageSet, test: ImageSet, attrs: dict) -> None:
+    "Everything of a data set into a new file."
+    with h5py.File(path, 'w') as f:
+        f.attrs['classes'] = list(train.classes)
+        for k, v in attrs.items(): f.attrs[k] = v
+        for name, data in (('train', train), ('test', test)):
+            f[f'{name}/images'] = data.pixels
+            f[f'{name}/labels'] = data.labels.cpu().numpy()
 
 # %% ../../nbs/data/02_stores.ipynb #6c67102b
 def read_h5(

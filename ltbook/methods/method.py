@@ -59,7 +59,7 @@ class Context:
     logits: dict[str, dict] = field(default_factory=dict)  # stage name -> named arrays on the test part
     selection: dict[str, str] = field(default_factory=dict)  # stage name -> which epoch it ended with, see `Stage.selection`
     notes: dict[str, Any] = field(default_factory=dict)  # what a method adds to the protocol in metrics.json, JSON-able
-    fingerprint: dict[str, str] = field(default_factory=dict)  # part -> SHA-256 of its pixels (or features), labels and class names
+    fingerprint: dict[str, str] = field(default_factory=dict)  # part -> SHA-256 of its pixels (or features) and labels; 'view' -> of what else the data set brings
 
     @property
     def settings(self) -> Settings: return self.recipe.settings
@@ -163,9 +163,10 @@ def import_methods(
     "Import a module that registers methods. Raises `UserError` with its own error."
     try:
         if module.endswith('.py'):
-            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            spec = importlib.util.spec_from_file_location(f'ltbook_import_{Path(module).stem}', module)
             sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[spec.name])
+            try: spec.loader.exec_module(sys.modules[spec.name])
+            except BaseException: del sys.modules[spec.name]; raise
         else:
             if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
             importlib.import_module(module)

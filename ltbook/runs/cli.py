@@ -143,9 +143,10 @@ def run_(
     folder = out/run_id(recipe)
     prepare(recipe, out, data_root, device, first)      # mistakes show before a kernel starts
     if notebook is None and not bare: console.print('papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.')
+    finished = (folder/'done.json').exists()
     with Reporter(console) as r:
-        if notebook is None: folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
-        elif not (folder/'run.ipynb').exists() or not (folder/'done.json').exists(): run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)
+        if notebook is None or (finished and (folder/'run.ipynb').exists()): folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
+        else: run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)
     show_run(load_run(folder))
 
 # %% ../../nbs/runs/79_cli.ipynb #7bf11b11
@@ -201,6 +202,9 @@ def sweep_(
     rows = choose(sweep_rows(method, name, dataset, imbalance, profile, out, dict(seed=seed) | parse_changes(changes or [])), only or [])
     _print(f'{name} of {method} on {dataset}', ('no.', 'recipe', 'state', 'run'), listing(rows))
     if dry_run: return
+    from ltbook.runs.run import prepare
+    for row in rows:      # what is finished must belong to the data at hand
+        if row.finished: prepare(row.recipe, out, data_root, device)
     def start(row):
         console.print(f'{row.number}. {row.name}')
         run_(row.recipe.method, dataset, imbalance, row.recipe.profile, changes=[f'{k}={json.dumps(v)}' for k, v in row.changes.items()], data_root=data_root, out=out, device=device, bare=bare)
@@ -216,16 +220,22 @@ def verify_(
     "Compare the files of finished runs with the hashes written when they were finished."
     from ltbook.runs.folder import load_run
     from ltbook.runs.keeping import verify_files
-    places = [resolve_run(run, out).path] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))]
+    named = [p for p in (Path(run), out/run) if (p/'done.json').exists()] if run else []
+    places = named[:1] or ([resolve_run(run, out).path] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))])
     wrong = 0
     for place in places:
-        try: found, why = verify_files(place), load_run(place) and ''
-        except UserError as e: found, why = dict(changed=[], absent=[], unlisted=[], same=[]), str(e)
-        notes = [why, *(f'{name} was changed' for name in found['changed'])] if why or found['changed'] else []
-        wrong += bool(notes)
-        state = '; '.join(filter(None, notes)) or (f'{len(found["same"])} files as written' if found['same'] else 'no hashes recorded')
-        more = ''.join(f', {len(found[k])} {text}' for k, text in (('absent', 'not here'), ('unlisted', 'not of the run')) if found[k])
-        console.print(f'{"FAULT" if notes else "ok   "}  {place}: {state}{more}', soft_wrap=True)
+        faults, found = [], {}
+        try: found = verify_files(place)
+        except UserError as e: faults.append(str(e))
+        faults += [f'{name} was changed' for name in found.get('changed', [])]
+        faults += [f'{name} is missing' for name in found.get('absent', []) if not name.endswith(('.h5', '.pt', '.safetensors'))]
+        try: load_run(place)
+        except UserError as e: faults = faults or [str(e)]
+        wrong += bool(faults)
+        same, absent, other = (len(found.get(k, [])) for k in ('same', 'absent', 'unlisted'))
+        state = '; '.join(faults) or (f'{same} files as written' if same else 'no hashes recorded')
+        more = ''.join(f', {n} {text}' for n, text in ((absent, 'not here'), (other, 'not of the run')) if n)
+        console.print(f'{"FAULT" if faults else "ok   "}  {place}: {state}{more}', soft_wrap=True)
     if wrong: raise RuntimeError(f'{wrong} of {len(places)} runs are not what was written.')
     console.print(f'{len(places)} runs checked.')
 

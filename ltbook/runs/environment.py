@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'git_state', 'command', 'environment', 'open_session', 'note_captured']
 
 # %% ../../nbs/runs/630_environment.ipynb #01631a58
-import json, os, platform, resource, subprocess, sys
+import json, os, platform, resource, shlex, subprocess, sys
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -37,13 +37,8 @@ def command(
     words = ['ltbook', 'run', recipe.method, recipe.dataset, *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []), f'--profile {recipe.profile}', f'--seed {recipe.seed}']
     taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} if recipe.start else {'seed'}
     words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
-    own = [f'--import {m}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
-    if _is_ours(recipe.method): own = []
+    own = [f'--import {shlex.quote(m)}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
     return ' '.join(words + ([f'--from outputs/{recipe.start}'] if recipe.start else []) + own)
-
-def _is_ours(method: str) -> bool:
-    "Whether a method is of this package."
-    return all(build.__module__.startswith('ltbook.') for build in get_method(method).stages.values())
 
 def _plain(r: Recipe) -> Recipe:
     "The recipe of the same words without changes."

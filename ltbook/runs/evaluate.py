@@ -13,7 +13,7 @@ from ..data.checks import UserError
 from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method
 from .folder import Run
-from .keeping import check_data
+from .keeping import check_data, data_at_hand
 from .run import make_context, read_stage, stage_logits
 from ..train.stage import Stage
 
@@ -55,6 +55,7 @@ def evaluate(
 ) -> Run:  # the same run with new metrics; nothing is written
     "Measure a run again."
     stored = (run.path/'predictions.h5').exists() and not weights
+    if stored and root: check_data(run.id, run.data, data_at_hand(run.recipe, root))
     arrays = run.predictions if stored else logits_from_weights(run, root, device)
     rule, labels, counts = shot_rule or run.recipe.shot_rule, arrays['labels'], arrays['train_counts']
     metrics = {s: run.metrics[s] | measures(arrays[f'{s}/logits'], labels, counts, rule) for s in run.stages}

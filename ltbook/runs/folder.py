@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 import h5py, numpy as np, pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.checks import UserError
 from ..methods.method import get_method
 from .recipe import Recipe, recipe_hash
@@ -86,11 +86,22 @@ class _Measures(BaseModel):
     ece15: Fraction
     nll: Annotated[float, Field(ge=0)]
     brier: Annotated[float, Field(ge=0, le=2)]
+    best_on_test: dict | None = None
+
+class _Final(_Measures):
+    stage: str
+
+class _Protocol(BaseModel):
+    model_config = ConfigDict(extra='allow')
+    shot_rule: str
+    n_test: int
+    group_sizes: dict[str, int]
+    data: dict[str, str] | None = None
 
 class _Metrics(BaseModel):
     model_config = ConfigDict(extra='allow')
-    final: _Measures
-    protocol: dict
+    final: _Final
+    protocol: _Protocol
 
 class _Environment(BaseModel):
     model_config = ConfigDict(extra='allow')
@@ -100,10 +111,8 @@ class _Environment(BaseModel):
 def _shaped(metrics: dict, env: dict) -> None:
     "Raise `ValidationError` for what can't be the measures and the environment of a run."
     _Metrics(**metrics), _Environment(**env)
-    for k, v in metrics.items():
-        if k != 'protocol': TypeAdapter(_Measures).validate_python(v)
-    data = metrics['protocol'].get('data')
-    TypeAdapter(dict[str, str] | None).validate_python(data)
+    stages = {k: _Measures.model_validate(v) for k, v in metrics.items() if k not in ('final', 'protocol')}
+    if metrics['final']['stage'] not in stages: raise Damaged('its last stage has no measures')
 
 # %% ../../nbs/runs/62_folder.ipynb #969bbf2d
 def load_run(
@@ -121,9 +130,11 @@ def load_run(
         run = Run(path, Recipe(**recipe), metrics, env)
         if done.get('run', run.id) != run.id: raise Damaged(f'its recipe is not that of {done["run"]}')
         _shaped(metrics, env)
+        if run.data and 'files' not in done: raise Damaged('done.json has lost its list of files')
         return run
     except (OSError, RecursionError, KeyError, TypeError, Damaged, ValidationError) as e:
-        raise UserError(f'The run in {path} is damaged: {_reason(e)} Remove the folder and run it again.') from None
+        advice = '' if 'emove the folder' in str(e) else ' Remove the folder and run it again.'
+        raise UserError(f'The run in {path} is damaged: {_reason(e)}{advice}') from None
     except (UserError, ValueError) as e: raise UserError(f'The run in {path} cannot be read in this program: {_reason(e)}') from None
 
 def _reason(e: BaseException) -> str:

@@ -21,6 +21,7 @@ from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
 from .evaluate import trained_stages
 from .folder import Run
+from .keeping import check_data, fingerprints, owned
 from .recipe import STAGE1_FIELDS, Recipe
 from .run import make_context, open_folder, stage_logits
 from ..train.compute import Compute
@@ -118,14 +119,14 @@ def check_alike(
     "Raise `UserError` unless all members speak of the same images in the same order, and none of them rejects everything."
     first = members[0]
     for m in members: check_logits(m.logits, m.classes, m.n_classes, m.name)
+    known = {m.data for m in members if m.data}
     for m in members[1:]:
         if m.n_classes != first.n_classes: raise UserError(f'{m.name} is about {m.n_classes} classes, {first.name} about {first.n_classes}: '
                                                            f'fuse logits of one data set.')
         if not torch.equal(m.labels, first.labels): raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same '
                                                                     f'images in the same order.')
-        if m.data and first.data and m.data != first.data:
-            raise UserError(f'{m.name} and {first.name} were asked about other images ({m.data[:8]}, {first.data[:8]}): fuse logits on the same '
-                            f'data.')
+    if len(known) > 1:
+        raise UserError(f'{" and ".join(m.name for m in members)} were asked about other images than each other: fuse logits on the same data.')
 
 @dataclass(frozen=True, eq=False)
 class Fused:
@@ -163,7 +164,8 @@ def unused_images(
 ) -> ImageSet:  # train images that the run has not seen, the first ones of each class
     "Images to calibrate on. Raises `UserError` if the run used (nearly) all of its data."
     data = recipe_data(run.recipe, root)
-    _, tail = get_method(run.recipe.method).split(run.recipe, data)
+    parts, tail = get_method(run.recipe.method).split(run.recipe, data)
+    check_data(run.id, run.data, fingerprints(data, parts))
     free = np.setdiff1d(np.arange(len(data.train)), np.r_[tail.indices, getattr(tail, 'meta', tail.indices[:0])])
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)
     missing = data.train.n_classes - len(set(data.train.labels[free].tolist()))
@@ -251,7 +253,9 @@ def share_generalist(
     if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: '
                                             f'{start.env.get("command")}')
     folder = open_folder(recipe, out)
-    write_atomic(folder/'manifest.json', lambda p: p.write_bytes(checked(start.path/'manifest.json').read_bytes()))      # compared when it runs
-    write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])
-    write_atomic(folder/source.name, lambda p: p.write_bytes(checked(source).read_bytes()))
+    with owned(folder):
+        if (folder/'manifest.json').exists(): raise UserError(f'The run in {folder} has begun already: it can\'t take a generalist over.')
+        for name in ('manifest.json', source.name):      # the manifest is compared when it runs
+            write_atomic(folder/name, lambda p: p.write_bytes(checked(start.path/name).read_bytes()))
+        write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])
     return folder

@@ -131,7 +131,8 @@ def recipe(
     elif not 1 <= imbalance < math.inf:
         raise UserError(f'The imbalance is the largest over the smallest class, a number from 1 on; got {imbalance}.')
     if profile == 'fast' and m.fast is None and not changes.get('start'):      # a second stage may follow a fast first one
-        raise UserError(f'{method} has no profile fast; {" and ".join(k for k, v in methods().items() if v.fast is not None)} have. Use short, or the changes of fast one by one with --set.')
+        have = ', '.join(k for k, v in methods().items() if v.fast is not None)
+        raise UserError(f'{method} has no profile fast; {have} have. Use short, or the changes of fast one by one with --set.')
     row = published_row(m, dataset, imbalance)
     values = row.changes | PROFILES.get(profile, {}) | dict(short=m.short, fast=m.fast or {}, smoke=m.smoke).get(profile, {}) | changes
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)

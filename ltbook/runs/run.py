@@ -10,6 +10,7 @@ __all__ = ['make_context', 'stage_logits', 'read_stage', 'run_stage', 'stage_mea
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 import h5py, numpy as np, torch
 from ..data.checks import UserError
@@ -18,12 +19,12 @@ from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, load_run, run_id
-from .keeping import (PASSING, check_data, close_list, data_at_hand, open_list, owned, recover,
-                                 still_owned, tidy)
+from .keeping import (check_data, clean_finished, close_list, data_at_hand, fingerprints, owned, recover,
+                                 remove_left, still_owned, tidy)
 from .recipe import STAGE1_FIELDS, UNHASHED, Recipe, recipe
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device
-from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
+from ..train.files import checked, listing, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
 from ..train.loop import fit, predict
 from ..train.pack import Pack
 from ..train.stage import Stage
@@ -40,8 +41,9 @@ def make_context(
     compute.use()
     data = recipe_data(recipe, root)
     parts, tail = method.split(recipe, data)
-    known = {k: v.sha256() for k, v in parts.items()}
-    context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute, fingerprint=known)
+    known = fingerprints(data, parts)
+    parts = {k: v.to(compute.device) for k, v in parts.items()}
+    context = Context(recipe, data, parts, tail, compute, fingerprint=known)
     context.network = method.network(context)
     method.check(context)
     first = next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
@@ -128,12 +130,14 @@ def write_predictions(
 ) -> Path:  # `path`
     "Write logits of all stages, labels and train counts to HDF5, atomically."
     def write(p):
-        with h5py.File(p, 'w') as f:
+        content = BytesIO()      # a full disk is met by plain Python, which says so
+        with h5py.File(content, 'w') as f:
             f['labels'], f['train_counts'] = context.parts['test'].labels.cpu().numpy(), context.tail.counts
             f.attrs['data'] = json.dumps(context.fingerprint)
             for stage, arrays in context.logits.items():
                 for name, a in arrays.items(): f[f'{stage}/{name}'] = a
             f['logits'] = h5py.SoftLink(f'/{[s for s, a in context.logits.items() if "logits" in a][-1]}/logits')
+        p.write_bytes(content.getbuffer())
     return write_atomic(path, write)
 
 # %% ../../nbs/runs/63_run.ipynb #854c9d1f
@@ -149,7 +153,7 @@ def read_manifest(
 ) -> dict | None:  # None where there is none yet
     "Which images a run is about, as it noted before its first step."
     file = folder/'manifest.json'
-    return read_json(file) if file.exists() else None
+    return read_json(file) if file.exists() or 'manifest.json' in (listing(folder) or {}) else None
 
 def positions(
     manifest: dict,  # of any age
@@ -179,9 +183,11 @@ def check_start(
 ) -> None:
     "Raise `UserError` for a run without weights of stage 1, or on other images."
     source, theirs = start.path/'stage1.safetensors', read_manifest(start.path)
-    check_data(start.id, theirs.get('data'), context.fingerprint)
-    if positions(theirs) != context.tail.sha256:
+    if theirs is None: raise UserError(f'The run {start.id} has no manifest.json here: run without --from.')
+    same_test = (theirs.get('data') or context.fingerprint).get('test') == context.fingerprint.get('test')
+    if same_test and positions(theirs) != context.tail.sha256:
         raise UserError(f'The stage 1 of {start.id} was trained on other images than this run may use: run without --from.')
+    check_data(start.id, theirs.get('data'), context.fingerprint)
     if not source.exists():
         raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). '
                         f'Make them again with: {start.env.get("command")}')
@@ -213,9 +219,7 @@ def begin_folder(
     say: Callable[[str], None] = print,  # told what is damaged
 ) -> None:
     "Write down what runs, or see that it is this; take away what is damaged. Raises `UserError` for another recipe."
-    for pattern in PASSING[:1]:
-        for left in folder.glob(pattern): left.unlink()      # half-written files of a run that was killed
-    open_list(folder)
+    remove_left(folder, '.*.part')      # half-written files of a run that was killed
     recover(folder, get_method(recipe.method).stages, say)
     file, ours = folder/'recipe.json', json.loads(recipe.model_dump_json())
     if not file.exists(): write_json(file, ours)
@@ -259,15 +263,17 @@ def run(
 ) -> Path:  # folder of the finished run
     "Run a recipe, or go on with one that was stopped. Raises `UserError` before training, `NonFiniteLoss` during it."
     context, folder = prepare(recipe, out, root, device, start, pack), Path(out)/run_id(recipe)
-    if context is None and not any(p for q in PASSING for p in folder.glob(q)): return folder
+    if context is None:
+        clean_finished(folder, say)
+        return folder
     with owned(open_folder(recipe, out), say) as lock:
         if (folder/'done.json').exists():      # before, or by the process that was waited for
-            if context: check_data(run_id(recipe), load_run(folder).data, context.fingerprint)
+            check_data(run_id(recipe), load_run(folder).data, context.fingerprint)
             tidy(folder)
-        else: _run(context, folder, start or recipe.start and load_run(Path(out)/recipe.start), lock, report, on_step, say)
+        else: _run(context, folder, lambda: start or load_run(Path(out)/recipe.start), lock, report, on_step, say)
     return folder
 
-def _run(context: Context, folder: Path, start: Run | None, lock, report, on_step, say) -> None:
+def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report, on_step, say) -> None:
     "All stages of a run in a folder that is owned."
     recipe, began = context.recipe, time.perf_counter()
     begin_folder(recipe, folder, say)
@@ -275,7 +281,9 @@ def _run(context: Context, folder: Path, start: Run | None, lock, report, on_ste
     if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
     check_data(run_id(recipe), noted.get('data'), context.fingerprint)      # another process may have begun it meanwhile
     context.fingerprint = noted.get('data') or {}      # what it began with; runs older than fingerprints noted nothing
-    if start and not (folder/'stage1.safetensors').exists(): copy_stage1(start, folder)
+    if recipe.start and not (folder/'stage1.safetensors').exists():
+        check_start(start(), context)
+        copy_stage1(start(), folder)
     def step(*about):
         still_owned(lock)
         if on_step: on_step(*about)

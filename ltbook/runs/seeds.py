@@ -97,11 +97,14 @@ def seeds_table(
     folders: dict[int, Path],  # seed -> run folder; one that isn't finished gets a line without numbers
 ) -> Table:  # for a rich console
     "Final measures of every seed, mean and spread."
-    runs = {s: load_run(f) if (f/'done.json').exists() else None for s, f in folders.items()}
+    runs, why = {}, {}
+    for s, f in folders.items():
+        try: runs[s] = load_run(f) if (f/'done.json').exists() else None
+        except UserError as e: runs[s], why[s] = None, str(e)
     done = [r.metrics['final'] for r in runs.values() if r]
     table = Table(title=f'{len(done)} of {len(runs)} seeds, percent', title_justify='left')
     for name in ('seed', *COLUMNS.values(), 'run'): table.add_column(name, justify='left' if name in ('seed', 'run') else 'right', overflow='fold')
-    for seed, r in runs.items(): table.add_row(str(seed), *(cell(k, r.metrics['final'][k]) if r else '' for k in COLUMNS), r.id if r else f'not finished: {folders[seed]}')
+    for seed, r in runs.items(): table.add_row(str(seed), *(cell(k, r.metrics['final'][k]) if r else '' for k in COLUMNS), r.id if r else why.get(seed, f'not finished: {folders[seed]}'))
     both = [mean_spread([m[k] for m in done]) for k in COLUMNS]
     for i, name in enumerate(('mean', 'sd')): table.add_row(name, *(cell(k, v[i]) for k, v in zip(COLUMNS, both)), '')
     return table
@@ -136,6 +139,11 @@ def plan_seeds(
     if words.get('start'): raise UserError('--from takes the seed over from the run it starts from: leave --seeds out.')
     return {s: recipe_of(words | dict(seed=s), extra) for s in parse_seeds(text)}
 
+def _readable(folder: Path) -> bool:
+    "Whether a finished run can be read."
+    try: return bool(load_run(folder))
+    except UserError: return False
+
 def cli_seeds(
     text: str,  # of --seeds
     words: dict,  # as `ltbook.runs.notebook.WORDS`
@@ -149,6 +157,7 @@ def cli_seeds(
     folders = {s: Path(words['out'])/run_id(r) for s, r in recipes.items()}
     left = [s for s, f in folders.items() if not (f/'done.json').exists()]
     for s, r in recipes.items():      # mistakes show before a process starts
+        if s not in left and not _readable(folders[s]): continue      # a line of the table says so
         if s not in left or s == left[0]: prepare(r, words['out'], words['data_root'], words['device'])
     if packs(words['device']) and len(left) > 1 and extra.get('capture', True):
         say = lambda seed, row: console.print(f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)

@@ -21,7 +21,7 @@ from ..measure.aggregation import learn_weights, mix
 from ..measure.label_shift import estimate_prior, replace_prior
 from .evaluate import trained_stages
 from .folder import Run, load_run
-from .keeping import owned
+from .keeping import check_data, data_at_hand, owned
 from .run import make_context
 from ..train.compute import Compute
 from ..train.files import checked, write_atomic, write_json, write_rows
@@ -128,6 +128,7 @@ def shift(
     shifts = make_shifts(labels.numpy(), counts.numpy(), ratios, draws, seed, reference_rng)
     if only is not None: shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
     learned, rows, began = {}, [], time.perf_counter()
+    if root: check_data(run.id, run.data, data_at_hand(run.recipe, root))
     if adapt and experts is not None:
         pairs = view_logits(run, np.unique(np.concatenate([s.adapt_indices for s in shifts])), root, seed=seed, device=device, precision=precision, report=report)
         learned = {s.name: _learn(s, pairs, seed) for s in shifts}
@@ -230,7 +231,7 @@ def cli_shift(
         text = ['Accuracy under label shift (fractions, all images of the shifted set)', '', shift_lines(table).to_string(float_format=number)]
     if set(table.setting) == {'A', 'B'}:
         text += ['', 'Means, and the spread over the draws of setting B', '', shift_summary(table).to_string(float_format=number)]
-        _figure(folder/'shift.png', table, shown)
+        with owned(Path(path)): _figure(folder/'shift.png', table, shown)
     return text + ['', f'Written to {folder}']
 
 def _figure(path: Path, table: pd.DataFrame, shown: list[str]) -> None:

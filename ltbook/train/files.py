@@ -52,10 +52,11 @@ def listing(
     folder: Path,  # any
 ) -> dict[str, str] | None:  # name -> hash, or two with a space between; None for a folder without a list
     "The hashes a folder keeps of its files. Raises `Damaged` for a list that can't be read."
-    for name in LISTS:
-        if not (folder/name).is_file(): continue
+    for name in (*LISTS, LISTS[0]):      # the list may just be moving from one to the other
         try: return _entry(name, parse_json((folder/name).read_bytes()))
-        except (OSError, ValueError) as e: raise Damaged(f'{name} in {folder} is damaged ({_first_line(e)}).') from None
+        except (FileNotFoundError, NotADirectoryError): continue
+        except (OSError, ValueError) as e:
+            raise Damaged(f'{name} in {folder} is damaged ({_first_line(e)}). Remove the folder to run it from its start.') from None
     return None
 
 def parse_json(
@@ -85,7 +86,7 @@ def checked(
     home = _home(path)
     want = (listing(home[0]) or {}).get(home[1]) if home else None
     if want and path.is_file() and file_hash(path) not in want.split():
-        raise Damaged(f'{home[1]} in {home[0]} was changed since it was written.')
+        raise Damaged(f'{home[1]} in {home[0]} was changed since it was written. Put the old file back, or remove the folder and run it again.')
     return path
 
 def _note(path: Path, part: Path) -> None:
@@ -183,7 +184,7 @@ def load_weights(
     except Damaged: raise
     except Exception as e:
         why = f'do not fit or are damaged ({_first_line(e)})'
-        raise Damaged(f'The weights in {path} {why}. Remove the file and train again.') from None
+        raise Damaged(f'The weights in {path} {why}. Remove the folder and train again.') from None
     return network
 
 # %% ../../nbs/train/44_files.ipynb #f1e90fbb

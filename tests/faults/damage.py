@@ -31,12 +31,12 @@ def made(top):
     "Two finished runs and two unfinished ones, of other seeds"
     found = {}
     for seed in (0, 1):
-        r = recipe('mislas', 'digits', profile='smoke', seed=seed, epochs=3)
+        r = recipe('mislas', 'digits', profile='smoke', seed=seed, epochs=3, stage2_epochs=2)
         found['finished', seed] = run(r, top/f'finished{seed}', device='cpu')
         rows = []
         def stop(row):
             rows.append(row)
-            if row['stage'] == 'stage1' and row['epoch'] == 1: raise Stop
+            if row['stage'] == 'stage2': raise Stop
         try: run(r, top/f'half{seed}', device='cpu', report=stop)
         except Stop: pass
         found['half', seed] = top/f'half{seed}'/run_id(r)
@@ -88,11 +88,16 @@ def finished_fault(folder, whole):
     return wrong
 
 
-def half_fault(folder, whole, out):
-    "What is wrong when a damaged unfinished run is started again: it must end with the same numbers, or be refused"
+REFUSED = {'recipe.json', 'manifest.json', 'files.json'}      # what the run is can't be guessed
+SAID = {'training.pt', 'history.csv', 'stage1.safetensors'}      # costs something, and a person is told
+
+
+def half_fault(folder, whole, out, name, kind):
+    "What is wrong when a damaged unfinished run is started again: the same numbers, or a refusal where nothing else is possible"
     said = []
     done, refused = quietly(lambda: load_run(run(whole.recipe, out, device='cpu', say=said.append)))
-    if refused: return []
+    if refused: return [] if name in REFUSED else [f'refused: {refused}']
+    if name in SAID and kind != 'gone' and not said: return ['nothing was said']
     if done.metrics != whole.metrics: return ['ended with other numbers']
     if not np.array_equal(done.predictions['logits'], whole.predictions['logits']): return ['ended with other logits']
     if [(r.stage, r.epoch) for r in done.history.itertuples()] != [(r.stage, r.epoch) for r in whole.history.itertuples()]: return ['another history']
@@ -109,7 +114,7 @@ def one(kind_of_run, made, top, rng, whole):
     name, kind = rng.choice(names), rng.choice(KINDS)
     changed = damage(folder/name, kind, made[kind_of_run, 1]/name, rng)
     if not changed: wrong = []
-    else: wrong = finished_fault(folder, whole) if kind_of_run == 'finished' else half_fault(folder, whole, out)
+    else: wrong = finished_fault(folder, whole) if kind_of_run == 'finished' else half_fault(folder, whole, out, name, kind)
     shutil.rmtree(out)
     return f'{kind_of_run} {name} {kind}', wrong
 

@@ -19,6 +19,7 @@ from ltbook.runs.folder import load_run
 from ltbook.runs.keeping import verify_files
 from ltbook.train.processes import child_env
 
+MARK = 'LTBOOK_TEST_FOLDER'      # in the environment of what is started, kernels included
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ['run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '8', '--device', 'cpu']
 ALLOWED = {'done.json', 'env.json', 'history.csv', 'manifest.json', 'metrics.json', 'predictions.h5', 'recipe.json',
@@ -27,17 +28,15 @@ ALLOWED = {'done.json', 'env.json', 'history.csv', 'manifest.json', 'metrics.jso
 
 def launch(out, bare, log):
     return subprocess.Popen([sys.executable, '-m', 'ltbook', *WORDS, '--out', str(out), *['--bare']*bare], cwd=ROOT,
-                            env=child_env(1), stdout=open(log, 'wb'), stderr=subprocess.STDOUT, start_new_session=True)
+                            env=child_env(1) | {MARK: str(out)}, stdout=open(log, 'wb'), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def kernels(out):
-    "Processes that still have this folder among their words or their open files."
+    "Kernels that were started for this folder and still live."
     found = []
     for p in Path('/proc').glob('[0-9]*'):
         try:
-            if 'ipykernel' not in (p/'cmdline').read_text(): continue
-            names = [os.readlink(f) for f in (p/'fd').iterdir()] + [(p/'environ').read_text()]
-            if any(str(out) in n for n in names): found.append(int(p.name))
+            if b'ipykernel' in (p/'cmdline').read_bytes() and f'{MARK}={out}'.encode() in (p/'environ').read_bytes(): found.append(int(p.name))
         except OSError: continue
     return found
 
@@ -71,6 +70,9 @@ def pair(top, whole, bare=(True, True), delay=0., kill=None, how=signal.SIGKILL)
     if verify_files(run.path)['changed']: wrong.append('changed files')
     left = {p.name for p in run.path.iterdir()} - ALLOWED
     if left: wrong.append(f'left behind: {left}')
+    until = time.monotonic() + 10
+    while kernels(out) and time.monotonic() < until: time.sleep(.1)
+    if kernels(out): wrong.append('a kernel lives on')
     columns = ['stage', 'epoch', 'lr', 'loss']
     if not pd.DataFrame(run.history)[columns].equals(pd.DataFrame(whole.history)[columns]): wrong.append('another history')
     if not np.array_equal(run.predictions['logits'], whole.predictions['logits']): wrong.append('other logits')

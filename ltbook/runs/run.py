@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_context', 'stage_logits', 'read_stage', 'run_stage', 'stage_measures', 'best_on_test', 'collect_metrics',
-           'write_predictions', 'make_manifest', 'read_manifest', 'positions', 'recipe_from', 'check_start',
-           'copy_stage1', 'open_folder', 'begin_folder', 'prepare', 'run']
+           'write_predictions', 'recipe_from', 'check_start', 'copy_stage1', 'open_folder', 'begin_folder', 'prepare',
+           'run']
 
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, time
@@ -19,12 +19,12 @@ from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, load_run, run_id
-from .keeping import (check_data, clean_finished, close_list, data_at_hand, fingerprints, owned, recover,
-                                 remove_left, still_owned, tidy)
+from .keeping import (check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest,
+                                 owned, positions, read_manifest, recover, remove_left, still_owned, tidy)
 from .recipe import STAGE1_FIELDS, UNHASHED, Recipe, recipe
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device
-from ..train.files import checked, listing, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
+from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
 from ..train.loop import fit, predict
 from ..train.pack import Pack
 from ..train.stage import Stage
@@ -139,27 +139,6 @@ def write_predictions(
             f['logits'] = h5py.SoftLink(f'/{[s for s, a in context.logits.items() if "logits" in a][-1]}/logits')
         p.write_bytes(content.getbuffer())
     return write_atomic(path, write)
-
-# %% ../../nbs/runs/63_run.ipynb #854c9d1f
-def make_manifest(
-    context: Context,  # with tail and fingerprint
-) -> dict:  # JSON-able
-    "Which images a run is about."
-    about = context.tail.to_dict()
-    return about | dict(positions_sha256=about['sha256'], sha256=context.fingerprint['train'], data=context.fingerprint)
-
-def read_manifest(
-    folder: Path,  # of a run
-) -> dict | None:  # None where there is none yet
-    "Which images a run is about, as it noted before its first step."
-    file = folder/'manifest.json'
-    return read_json(file) if file.exists() or 'manifest.json' in (listing(folder) or {}) else None
-
-def positions(
-    manifest: dict,  # of any age
-) -> str:  # SHA-256
-    "Fingerprint of the positions of the train images."
-    return manifest.get('positions_sha256', manifest['sha256'])
 
 # %% ../../nbs/runs/63_run.ipynb #3c32b971
 def recipe_from(

@@ -24,13 +24,16 @@ $(VENV)/.installed: settings.ini setup.py
 lab: install
 	$(BIN)/jupyter lab nbs
 
-# a wheel from a clean copy, into a fresh environment of every Python at hand: help texts, a run with notebook and figures
+# wheel and sdist of the last commit, each into a fresh environment of every Python at hand, run from an empty folder
 dist-check: install
-	rm -rf build dist && $(BIN)/python -m build -q
+	rm -rf dist && d=$$(mktemp -d) && git archive HEAD | tar x -C $$d && $(BIN)/python -m build -q -o dist $$d && rm -rf $$d
 	@for p in python3.10 python3.11 python3.12 python3.13 python3.14; do $$p --version >/dev/null 2>&1 || continue; \
-	  d=$$(mktemp -d); echo "$$p"; $$p -m venv $$d/env && $$d/env/bin/python -m pip install -q --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[workbook]" && \
-	  (cd $$d && env/bin/ltbook run --help >/dev/null && env/bin/ltbook run mislas digits --profile smoke && ls outputs/digits/mislas/*/figures/reliability.png) || exit 1; \
-	  rm -rf $$d; done
+	  for f in $(CURDIR)/dist/*.whl $(CURDIR)/dist/*.tar.gz; do \
+	    d=$$(mktemp -d); echo "$$p $$(basename $$f)"; $$p -m venv $$d/env && \
+	    $$d/env/bin/python -m pip install -q --disable-pip-version-check "$$f[workbook]" && (cd $$d && \
+	    for v in bench doctor eval features import list run shift show sweep verify; do env/bin/ltbook $$v --help >/dev/null || exit 1; done; \
+	    env/bin/ltbook run mislas digits --profile smoke && ls outputs/digits/mislas/*/figures/reliability.png) || exit 1; \
+	    rm -rf $$d; done; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis

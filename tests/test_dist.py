@@ -85,6 +85,8 @@ def test_sdist_can_be_installed_and_runs(built, tmp_path):
 
 def test_every_help(installed, tmp_path):
     "Exit 0, and the text; also as a module"
+    from ltbook.runs.cli import app
+    assert VERBS == sorted(c.name for c in app.registered_commands)
     top = ltbook(installed, '--help', cwd=tmp_path)
     assert top.returncode == 0 and all(v in top.stdout for v in VERBS)
     assert call(installed, '-m', 'ltbook', '--help', cwd=tmp_path).stdout == top.stdout

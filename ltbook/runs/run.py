@@ -23,7 +23,7 @@ from .keeping import (check_data, clean_finished, close_list, data_at_hand, fing
                                  owned, positions, read_manifest, recover, remove_left, still_owned, tidy)
 from .recipe import STAGE1_FIELDS, UNHASHED, Recipe, recipe
 from ..train.captured import can_capture
-from ..train.compute import Compute, find_device
+from ..train.compute import Compute, find_device, imitates_bf16
 from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
 from ..train.loop import fit, predict
 from ..train.pack import Pack
@@ -256,6 +256,8 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
     "All stages of a run in a folder that is owned."
     recipe, began = context.recipe, time.perf_counter()
     begin_folder(recipe, folder, say)
+    if recipe.precision == 'bf16' and imitates_bf16(context.compute.device):
+        say('This processor imitates bf16, about ten times slower than fp32: another run with --precision fp32 is quicker.')
     sessions, noted = open_session(folder), read_manifest(folder)
     if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
     check_data(run_id(recipe), noted.get('data'), context.fingerprint)      # another process may have begun it meanwhile

@@ -102,7 +102,7 @@ class TestCommand:
         code, text = self.call(*words, '--dry-run')
         assert code == 0 and text.count('finished') == 2 and text.count('not run') == 21
 
-    @pytest.mark.parametrize('words, says', [(('mixup', 'ablation'), 'mixup has no sweeps'), (('difficulty_net', 'ablatoin'), 'Did you mean ablation'),
+    @pytest.mark.parametrize('words, says', [(('ride', 'ablation'), 'ride has no sweeps'), (('difficulty_net', 'ablatoin'), 'Did you mean ablation'),
                                              (('difficulty_net', 'ablation', 'digits', '--only', '53'), 'from 1 to 52')])
     def test_mistakes(self, words, says):
         code, text = self.call(*words)

@@ -71,7 +71,7 @@ def test_who_cannot_grow_says_so(monkeypatch):
     with pytest.raises(UserError, match="stiff can't grow: leave first_side out"): make_context(recipe('stiff', profile='smoke', first_side=4), device='cpu')
 
 
-def test_the_profile_is_there_only_where_it_was_tried():
+def test_the_profile_is_there_where_stages_follow_it():
     have = [k for k, m in methods().items() if m.fast is not None]
     assert have == ['balanced_softmax', 'cross_entropy', 'crt', 'dirmixe', 'lws', 'mislas', 'mixup', 'sade', 'tau_norm']
     for name in have:

@@ -1,7 +1,8 @@
 """Golden runs: three epochs of every method and every second stage, to the last bit on the processor they were made on.
 
-`LTBOOK_GOLDEN=write pytest tests/test_golden.py` writes them anew: only together with a commit that says which number
-changed and why.
+`LTBOOK_GOLDEN=write pytest tests/test_golden.py` writes the file of this processor anew: only together with a commit that
+says which number changed and why. On a processor without a file the runs are compared with the first one's, within
+tolerances.
 """
 import hashlib
 import json
@@ -19,10 +20,13 @@ from ltbook.runs.folder import load_run
 from ltbook.runs.recipe import recipe
 from ltbook.runs.run import recipe_from, run
 
-FILE = Path(__file__).parent/'golden'/'runs.json'
+GOLDEN = Path(__file__).parent/'golden'
+FIRST = GOLDEN/'runs.json'
 WRITE = os.environ.get('LTBOOK_GOLDEN') == 'write'
 MEASURES = ('top1', 'many', 'medium', 'few', 'ece15', 'nll', 'brier')
-TOLERANCE = dict(nll=2e-2, brier=1e-2) | {k: 3e-2 for k in ('top1', 'many', 'medium', 'few', 'ece15')}   # elsewhere
+# elsewhere; two processors differ by two images of the fifty of a group, and the binned error is left to NLL and Brier:
+# where all confidences lie near the edge of a bin, rounding moves it by .12
+TOLERANCE = dict(nll=2e-2, brier=1e-2) | {k: 5e-2 for k in ('top1', 'many', 'medium', 'few')}
 
 GENTLE = dict(lr=1e-3, batch_size=64)     # far from chaos, so that another processor comes near
 SECOND_RATE = dict.fromkeys(('mislas', 'crt', 'lws', 'difficulty_net', 'reweighting'), dict(stage2_lr=.01))
@@ -69,21 +73,31 @@ def outcome(folder):
     return dict(weights=weights(folder), stages={s: {k: r.metrics[s][k] for k in MEASURES} for s in r.stages})
 
 
+def own_file():
+    "The file that was made on a processor like this one; where there is none, the path that it would have."
+    here = processor()
+    same = [f for f in sorted(GOLDEN.glob('*.json')) if json.loads(f.read_text())['made_on'] == here]
+    words = (here['machine'], here['model'], here['kernels'], 'torch', here['torch'])
+    return same[0] if same else GOLDEN/('-'.join(words).replace(' ', '_') + '.json')
+
+
 def compare(key, found):
     "Equal to the stored run; on another processor within tolerances."
-    stored = json.loads(FILE.read_text()) if FILE.exists() else dict(runs={})
+    own = own_file()
     if WRITE:
-        FILE.write_text(json.dumps(dict(made_on=processor(), runs=dict(sorted((stored['runs'] | {key: found}).items()))), indent=1) + '\n')
+        runs = json.loads(own.read_text())['runs'] if own.exists() else {}
+        runs = dict(sorted((runs | {key: found}).items()))
+        own.write_text(json.dumps(dict(made_on=processor(), runs=runs), indent=1) + '\n')
+    if own.exists():
+        assert found == json.loads(own.read_text())['runs'][key]
         return
-    want = stored['runs'][key]
-    if stored['made_on'] == processor():
-        assert found == want
-        return
+    want = json.loads(FIRST.read_text())['runs'][key]
     assert list(found['stages']) == list(want['stages'])
     wide = 5 if 'bf16' in key else 1      # eight bits of mantissa
     for stage, values in want['stages'].items():
-        for k, v in values.items():
-            assert found['stages'][stage][k] == (None if v is None else pytest.approx(v, abs=wide*TOLERANCE[k], rel=wide*TOLERANCE[k])), (stage, k)
+        for k, tolerance in TOLERANCE.items():
+            near = values[k] if values[k] is None else pytest.approx(values[k], abs=wide*tolerance, rel=wide*tolerance)
+            assert found['stages'][stage][k] == near, (stage, k)
 
 
 @pytest.fixture(autouse=True)
@@ -109,5 +123,6 @@ def test_second_stage(method, tmp_path):
 
 def test_every_run_is_compared():
     "No golden run without a test, no method without a golden run"
-    stored = json.loads(FILE.read_text())['runs']
-    assert set(stored) == {*(name(*c) for c in CASES), *(f'digits-mixup-then-{m}' for m in SECOND)}
+    for file in GOLDEN.glob('*.json'):
+        stored = json.loads(file.read_text())['runs']
+        assert set(stored) == {*(name(*c) for c in CASES), *(f'digits-mixup-then-{m}' for m in SECOND)}, file.name

@@ -26,7 +26,7 @@ WRITE = os.environ.get('LTBOOK_GOLDEN') == 'write'
 MEASURES = ('top1', 'many', 'medium', 'few', 'ece15', 'nll', 'brier')
 # elsewhere; two processors differ by two images of the fifty of a group, and the binned error is left to NLL and Brier:
 # where all confidences lie near the edge of a bin, rounding moves it by .12
-TOLERANCE = dict(nll=2e-2, brier=1e-2) | {k: 5e-2 for k in ('top1', 'many', 'medium', 'few')}
+TOLERANCE = dict(nll=2e-2, brier=2e-2) | {k: 5e-2 for k in ('top1', 'many', 'medium', 'few')}
 
 GENTLE = dict(lr=1e-3, batch_size=64)     # far from chaos, so that another processor comes near
 SECOND_RATE = dict.fromkeys(('mislas', 'crt', 'lws', 'difficulty_net', 'reweighting'), dict(stage2_lr=.01))

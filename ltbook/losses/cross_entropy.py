@@ -26,7 +26,8 @@ def weighted_mean(
     "Sum of weight times loss over the batch *size*. Raises `UserError` if the shapes differ."
     if weight is None: return loss.mean()
     if weight.shape != loss.shape:
-        raise UserError(f'Weights are one a sample: got shape {tuple(weight.shape)} for losses {tuple(loss.shape)}; index class weights as w[y].')
+        raise UserError(f'Weights are one a sample: got shape {tuple(weight.shape)} for losses {tuple(loss.shape)}; '
+                        'index class weights as w[y].')
     return (loss * weight).mean()
 
 # %% ../../nbs/losses/21_cross_entropy.ipynb #934d2ea6

@@ -21,7 +21,7 @@ def component_means(
 
 # %% ../../nbs/losses/25_dirichlet.ipynb #dff31436
 class DirichletPool:
-    "Pairs of component and label distribution, handed out a batch at a time. Raises `UserError` for a pool smaller than a batch needs."
+    "Pairs of component and label distribution, a batch at a time. Raises `UserError` for a pool smaller than a batch."
     def __init__(
         self,
         means: np.ndarray,  # (K, C) centres, each sums to 1, all positive
@@ -33,9 +33,12 @@ class DirichletPool:
     ):
         if draws < 1: raise UserError(f'A batch needs at least one draw, got draws = {draws}.')
         if size < draws:
-            raise UserError(f'A batch needs {draws} draws, but the pool holds {size}: use --set pool_size={draws} or more, or leave pool_size out.')
-        if concentration <= 0 or means.min() <= 0: raise UserError('A Dirichlet distribution needs a positive concentration and no empty class.')
-        self.alpha, self.draws, self.per_pass, self.seed, self.fresh, self.taken = concentration*means, draws, size//draws, seed, fresh, 0
+            raise UserError(f'A batch needs {draws} draws, but the pool holds {size}: '
+                            f'use --set pool_size={draws} or more, or leave pool_size out.')
+        if concentration <= 0 or means.min() <= 0:
+            raise UserError('A Dirichlet distribution needs a positive concentration and no empty class.')
+        self.alpha, self.draws, self.per_pass, self.seed, self.fresh, self.taken = (
+            concentration*means, draws, size//draws, seed, fresh, 0)
         if not fresh: self.component, self.q = self._draw(np.random.default_rng([seed, 0]), size)
 
     def _draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +51,8 @@ class DirichletPool:
         turn, slot = divmod(self.taken, self.per_pass)
         self.taken += 1
         if self.fresh: return self._draw(np.random.default_rng([self.seed, 1, self.taken]), self.draws)
-        if slot == 0 or not hasattr(self, 'order'): self.order = np.random.default_rng([self.seed, 2, turn]).permutation(len(self.q))
+        if slot == 0 or not hasattr(self, 'order'):
+            self.order = np.random.default_rng([self.seed, 2, turn]).permutation(len(self.q))
         i = self.order[slot*self.draws:(slot + 1)*self.draws]
         return self.component[i], self.q[i]
 
@@ -76,7 +80,9 @@ def draw_losses(
     return by_expert.gather(0, component[None])[0] + log_r[:, y].mean(1)
 
 # %% ../../nbs/losses/25_dirichlet.ipynb #09be8d47
-DIVISORS = {'above-1': lambda above, n: (above - 1).clamp(min=1), 'above': lambda above, n: above.clamp(min=1), 'all': lambda above, n: n}
+DIVISORS = {'above-1': lambda above, n: (above - 1).clamp(min=1),
+            'above': lambda above, n: above.clamp(min=1),
+            'all': lambda above, n: n}
 
 def semi_variance(
     losses: Tensor,  # (M,)

@@ -34,10 +34,10 @@ def skill_diverse_loss(
     y: Tensor,  # (B,) labels
     adjustment: Tensor,  # (K, C) of `sade_adjustment`
 ) -> Tensor:  # scalar
-    "Cross-entropy of every expert under its own adjustment, summed. Raises `UserError` unless there is one expert for each row of the adjustment."
+    "Cross-entropy of every expert under its own adjustment, summed. Raises `UserError` unless experts match its rows."
     if experts.shape[1] != len(adjustment):
-        raise UserError(f'SADE needs one expert for each of its {len(adjustment)} label distributions, but the network has {experts.shape[1]}: '
-                        f'use --set n_experts={len(adjustment)}.')
+        raise UserError(f'SADE needs one expert for each of its {len(adjustment)} label distributions, '
+                        f'but the network has {experts.shape[1]}: use --set n_experts={len(adjustment)}.')
     z = experts + adjustment.to(experts)
     return F.cross_entropy(z.transpose(1, 2), y[:, None].expand(-1, experts.shape[1]), reduction='none').sum(1).mean()
 
@@ -75,5 +75,6 @@ def ride_loss(
     t = experts.new_ones(1) if temperature is None else temperature.to(experts)
     target = (experts.mean(1)/t).log_softmax(1).detach()
     margin = sum(F.cross_entropy(e, y, w) for e in z.unbind(1))
-    apart = sum(F.kl_div((e/t).log_softmax(1), target, reduction='batchmean', log_target=True) for e in experts.unbind(1))
+    apart = sum(F.kl_div((e/t).log_softmax(1), target, reduction='batchmean', log_target=True)
+                for e in experts.unbind(1))
     return margin + diversity*t.mean()**2*apart

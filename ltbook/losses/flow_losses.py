@@ -68,5 +68,6 @@ def purity_loss(
     p = (joint_plus.detach() if detach else joint_plus).softmax(1)
     log_q = joint_minus.log_softmax(1)
     if margin is not None: log_q = log_q.clamp_min(math.log(margin))
-    if one_of(contrast, ('soft', 'hard'), 'contrast') == 'hard': return log_q.gather(1, p.argmax(1, keepdim=True)).mean()
+    if one_of(contrast, ('soft', 'hard'), 'contrast') == 'hard':
+        return log_q.gather(1, p.argmax(1, keepdim=True)).mean()
     return (p*log_q).sum(1).mean()

@@ -32,12 +32,12 @@ def equalization_loss(
     y: Tensor,  # (B,) labels
     counts: Tensor,  # (C,) train counts, positive
     threshold: float = 0.005,  # lambda: a class with a smaller share of the images is rare; 0.005 on CIFAR-100
-    drop: bool | float | Tensor = True,  # s: True or False, or its probability for one draw a batch, 0.9 on CIFAR-100; a tensor () of 0 or 1 is taken as it is, unread
+    drop: bool | float | Tensor = True,  # s, its probability (one draw a batch; CIFAR-100: 0.9), or a tensor () 0 or 1
     generator: torch.Generator | None = None,  # on the CPU, for the draw
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Sigmoid cross-entropy whose negatives spare rare classes. Raises `UserError` for a drop outside [0, 1] or a draw without generator."
-    if not isinstance(drop, Tensor):
+    "Sigmoid cross-entropy whose negatives spare rare classes. Raises `UserError` for a bad drop or no generator."
+    if not isinstance(drop, Tensor):        # a tensor is taken as it is, unread
         if not 0 <= drop <= 1: raise UserError(f'drop is True, False or a probability in [0, 1], got {drop}.')
         if 0 < drop < 1:
             if generator is None: raise UserError(f'A drop with probability {drop} needs a generator.')
@@ -45,7 +45,8 @@ def equalization_loss(
         drop = float(drop)
     n, positive = counts.double(), torch.zeros_like(logits).scatter(1, y[:, None], 1.)
     spared = (n < threshold * n.sum()).to(logits) * (1 - positive) * drop
-    return reduced(((1 - spared) * F.binary_cross_entropy_with_logits(logits, positive, reduction='none')).sum(1), reduction)
+    return reduced(((1 - spared) * F.binary_cross_entropy_with_logits(logits, positive, reduction='none')).sum(1),
+                   reduction)
 
 # %% ../../nbs/losses/26_margins.ipynb #731e0ddb
 def logit_adjustment(
@@ -66,7 +67,9 @@ def adjusted_logits(
 ) -> Tensor:  # (n, C)
     "Logits after taking tau times the log of the class shares away. Raises `UserError` for a class without images."
     p = torch.as_tensor(counts, device=logits.device).double()
-    if not p.min() > 0: raise UserError(f'Logits are adjusted by the log of the counts, which must be positive: the smallest is {p.min():g}.')
+    if not p.min() > 0:
+        raise UserError('Logits are adjusted by the log of the counts, which must be positive: '
+                        f'the smallest is {p.min():g}.')
     return logits - tau*(p/p.sum()).log().to(logits)
 
 # %% ../../nbs/losses/26_margins.ipynb #7fa9e58e
@@ -79,8 +82,10 @@ def ldam_loss(
     weight: Tensor | None = None,  # (C,) class weights, or None
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Cross-entropy of scaled cosines whose label must win by a margin, larger for rare classes. Raises `UserError` for a negative margin or scale."
-    if not (max_margin >= 0 and scale > 0): raise UserError(f'LDAM needs max_margin >= 0 and scale > 0: got {max_margin} and {scale}.')
+    "Cross-entropy of scaled cosines, margins larger for rare classes. Raises `UserError` for negative margin or scale."
+    if not (max_margin >= 0 and scale > 0):
+        raise UserError(f'LDAM needs max_margin >= 0 and scale > 0: got {max_margin} and {scale}.')
     margin = ldam_margins(counts, max_margin).to(logits)[y][:, None]
-    loss = F.cross_entropy(scale*(logits - torch.zeros_like(logits).scatter(1, y[:, None], margin)), y, reduction='none')
+    loss = F.cross_entropy(scale*(logits - torch.zeros_like(logits).scatter(1, y[:, None], margin)), y,
+                           reduction='none')
     return reduced(loss if weight is None else loss*weight.to(loss)[y], reduction)

@@ -14,7 +14,8 @@ from ..data.checks import UserError, one_of
 def _positive(counts) -> Tensor:
     n = torch.as_tensor(counts, dtype=torch.float64)
     if not ((n > 0) & n.isfinite()).all():
-        raise UserError(f'Class counts are positive and finite: got {n.min():g} to {n.max():g}; drop classes without images.')
+        raise UserError(f'Class counts are positive and finite: got {n.min():g} to {n.max():g}; '
+                        'drop classes without images.')
     return n
 
 def _mean_one(w: Tensor) -> Tensor: return w * len(w)/w.sum()
@@ -31,16 +32,18 @@ def class_balanced_weights(
     counts,  # (C,) train counts, array or tensor, positive: counts, not frequencies
     beta: float = 0.9999,  # in [0, 1): 0 weighs all classes alike, towards 1 the inverse frequency
 ) -> Tensor:  # (C,) float64, sum C
-    "Weights by the effective number of samples. Raises `UserError` for counts that are not positive or a beta outside [0, 1)."
+    "Weights by the effective number of samples. Raises `UserError` for counts not positive or a beta outside [0, 1)."
     n = _positive(counts)
-    if not 0 <= beta < 1: raise UserError(f'beta lies in [0, 1), got {beta}; for the limit 1 use inverse_frequency_weights.')
+    if not 0 <= beta < 1:
+        raise UserError(f'beta lies in [0, 1), got {beta}; for the limit 1 use inverse_frequency_weights.')
     return _mean_one(-1/torch.expm1(n * n.new_tensor(beta).log()))
 
 # %% ../../nbs/losses/23_reweighting.ipynb #4f4f8f7d
 def _accuracies(accuracies) -> Tensor:
     a = torch.as_tensor(accuracies, dtype=torch.float64)
     if not ((a >= 0) & (a <= 1)).all():
-        raise UserError(f'Class accuracies are fractions in [0, 1], one for every class: got {a.min():g} to {a.max():g} (nan: no held-out images).')
+        raise UserError(f'Class accuracies are fractions in [0, 1], one for every class: '
+                        f'got {a.min():g} to {a.max():g} (nan: no held-out images).')
     return a
 
 def dynamic_tau(

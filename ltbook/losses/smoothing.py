@@ -27,12 +27,14 @@ def smoothing_strength(
     shape: str = 'concave',  # concave | linear | convex | power
     power: float = 1.0,  # exponent of the shape `power`
 ) -> Tensor:  # (C,) float64
-    "Smoothing strength of every class. Raises `UserError` for equal counts, an unknown shape or a strength outside [0, 1)."
+    "Smoothing strength of every class. Raises `UserError` for equal counts, an unknown shape or a bad strength."
     n = np.asarray(counts, dtype=np.float64)
     curve = SHAPES[one_of(shape, SHAPES, 'smoothing shape')]
-    if not (0 <= tail < 1 and 0 <= head < 1): raise UserError(f'Smoothing strengths lie in [0, 1): got head {head} and tail {tail}.')
+    if not (0 <= tail < 1 and 0 <= head < 1):
+        raise UserError(f'Smoothing strengths lie in [0, 1): got head {head} and tail {tail}.')
     if n.max() == n.min():
-        raise UserError('Label-aware smoothing needs classes of different sizes: all counts are equal. Use an imbalance above 1, or plain label smoothing.')
+        raise UserError('Label-aware smoothing needs classes of different sizes: all counts are equal. '
+                        'Use an imbalance above 1, or plain label smoothing.')
     t = (n - n.min()) / (n.max() - n.min())
     return torch.from_numpy(tail + (head - tail)*curve(t, power))
 
@@ -46,7 +48,8 @@ def label_aware_smoothing(
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
     "Cross-entropy against targets smoothed by the strength of their class (MiSLAS, CVPR 2021, equation 4)."
     eps = strength.to(logits)[y]
-    if one_of(target, ('code', 'paper'), 'smoothing target') == 'paper': eps = eps * logits.shape[1]/(logits.shape[1] - 1)
+    if one_of(target, ('code', 'paper'), 'smoothing target') == 'paper':
+        eps = eps * logits.shape[1]/(logits.shape[1] - 1)
     log_p = F.log_softmax(logits, dim=1)
     loss = -(1 - eps)*log_p.gather(1, y[:, None])[:, 0] - eps*log_p.mean(1)
     return reduced(loss, reduction)

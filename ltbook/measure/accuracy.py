@@ -20,11 +20,13 @@ def as_predictions(
     "Both as tensors on one device. Raises `UserError` where shapes, sizes or labels don't fit."
     logits, labels = torch.as_tensor(logits).detach(), torch.as_tensor(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.numel():
-        raise UserError(f'Give logits of shape (n, C) with n labels, n > 0; these are {tuple(logits.shape)} with labels {tuple(labels.shape)}.')
+        raise UserError('Give logits of shape (n, C) with n labels, n > 0; '
+                        f'these are {tuple(logits.shape)} with labels {tuple(labels.shape)}.')
     labels = labels.to(logits.device, torch.int64)
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= logits.shape[1]:
-        raise UserError(f'Labels must lie in 0..{logits.shape[1] - 1}, one per column of the logits; these reach from {low} to {high}.')
+        raise UserError(f'Labels must lie in 0..{logits.shape[1] - 1}, one per column of the logits; '
+                        f'these reach from {low} to {high}.')
     return logits, labels
 
 # %% ../../nbs/measure/31_accuracy.ipynb #4da08110
@@ -44,7 +46,8 @@ def per_class_accuracy(
 ) -> np.ndarray:  # (C,) float64 accuracies 0..1, nan for a class without test images
     "Share of right predictions among the samples of each class."
     logits, labels = as_predictions(logits, labels)
-    if labels.max() >= n_classes: raise UserError(f'There are labels up to {labels.max()}, more than the {n_classes} classes asked for.')
+    if labels.max() >= n_classes:
+        raise UserError(f'There are labels up to {labels.max()}, more than the {n_classes} classes asked for.')
     right = labels[logits.argmax(1) == labels]
     right, total = (torch.bincount(k, minlength=n_classes).cpu().numpy() for k in (right, labels))
     return np.divide(right, total, out=np.full(n_classes, np.nan), where=total > 0)

@@ -57,8 +57,9 @@ def learn_weights(
     entropy: float = 0.0,  # 0.01 on iNaturalist
     smallest: float = 0.05,  # stop below it
 ) -> Mixture:
-    "Weights that make two views of unlabelled test images agree most. Raises `UserError` without images or with one expert."
-    if not len(views) or not len(views[0][0]): raise UserError('There is nothing to learn weights from: give the logits of two views of at least one image.')
+    "Weights that make two views of unlabelled images agree most. Raises `UserError` without images or with one expert."
+    if not len(views) or not len(views[0][0]):
+        raise UserError('There is nothing to learn weights from: give the logits of two views of at least one image.')
     K = views[0][0].shape[1]
     if K < 2: raise UserError('There is one expert only, so there are no weights to learn.')
     a = torch.full((K,), 1/3, requires_grad=True, device=views[0][0].device, dtype=views[0][0].dtype)
@@ -72,6 +73,7 @@ def learn_weights(
             optimizer.step()
             total.append(s.detach()*len(index))
         w = a.detach().double().softmax(0).cpu()
-        path.append(dict(epoch=epoch, agreement=(sum(total)/len(first)).item(), **{f'w{k + 1}': v for k, v in enumerate(w.tolist())}))
+        path.append(dict(epoch=epoch, agreement=(sum(total)/len(first)).item(),
+                         **{f'w{k + 1}': v for k, v in enumerate(w.tolist())}))
         if too_small(w, smallest): break
     return Mixture(w.numpy(), path, too_small(w, smallest))

@@ -38,7 +38,8 @@ def confidences(
     "The largest probability of each sample and the class it belongs to. Raises `UserError` where a probability is nan."
     logits = torch.as_tensor(logits).detach()
     confidence = torch.cat([_softmax(logits[rows]).amax(1) for rows in _blocks(logits)])
-    if confidence.isnan().any(): raise UserError('Some logits are nan or infinite: look at the training, it has probably diverged.')
+    if confidence.isnan().any():
+        raise UserError('Some logits are nan or infinite: look at the training, it has probably diverged.')
     return confidence, logits.argmax(1)
 
 # %% ../../nbs/measure/32_calibration.ipynb #25f9734e
@@ -47,9 +48,11 @@ def _pair(
     correct: Tensor | np.ndarray,  # (n,) right (1) or wrong (0)
 ) -> tuple[np.ndarray, np.ndarray]:  # both as (n,) float64
     "Both as float64 arrays. Raises `UserError` for other sizes, an empty pair, or a confidence outside 0..1."
-    confidence, correct = (np.asarray(v.detach().cpu().double() if torch.is_tensor(v) else v, dtype=np.float64) for v in (confidence, correct))
+    confidence, correct = (np.asarray(v.detach().cpu().double() if torch.is_tensor(v) else v, dtype=np.float64)
+                           for v in (confidence, correct))
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(correct):
-        raise UserError(f'Give n > 0 confidences and as many marks right or wrong; these have the shapes {confidence.shape} and {correct.shape}.')
+        raise UserError('Give n > 0 confidences and as many marks right or wrong; '
+                        f'these have the shapes {confidence.shape} and {correct.shape}.')
     if not (confidence.min() >= 0 and confidence.max() <= 1 + 1e-6):
         raise UserError('Every confidence must lie between 0 and 1; take the softmax of the logits first.')
     return confidence.clip(0, 1), correct
@@ -65,7 +68,8 @@ def calibration_bins(
     where = np.searchsorted(edges, confidence, side='left')  # edge[i-1] < p <= edge[i] gives i; exactly 0 gives 0
     count, right, total = (np.bincount(where, w, n_bins + 1)[1:] for w in (None, correct, confidence))
     with np.errstate(invalid='ignore'): accuracy, mean = right / count, total / count
-    return pd.DataFrame(dict(lower=edges[:-1], upper=edges[1:], count=count, accuracy=accuracy, confidence=mean, gap=abs(accuracy - mean)))
+    return pd.DataFrame(dict(lower=edges[:-1], upper=edges[1:], count=count,
+                             accuracy=accuracy, confidence=mean, gap=abs(accuracy - mean)))
 
 # %% ../../nbs/measure/32_calibration.ipynb #7397c831
 def calibration_error(
@@ -98,9 +102,9 @@ def classwise_calibration_error(
     probabilities: Tensor | np.ndarray,  # (n, C) probabilities 0..1, or logits
     labels: Tensor | np.ndarray,  # (n,) true classes
     n_bins: int = 15,  # M
-    logits: bool = False,  # the first argument holds logits: their softmax is taken block by block, so that there is never a second matrix of that size
+    logits: bool = False,  # the first argument holds logits: softmax block by block, never a second matrix of that size
 ) -> float:  # the error 0..1
-    "Mean over the classes of the calibration error of each class's own probability. Raises `UserError` for values outside 0..1."
+    "Class mean of the calibration error of each class's own probability. Raises `UserError` for values outside 0..1."
     probabilities, labels = as_predictions(probabilities, labels)
     n, C = probabilities.shape
     inner = torch.arange(1, n_bins, dtype=torch.float64, device=labels.device) / n_bins
@@ -108,7 +112,8 @@ def classwise_calibration_error(
     gap = torch.zeros(C * n_bins, dtype=torch.float64, device=labels.device)
     for rows in _blocks(probabilities):
         p = (_softmax(probabilities[rows]) if logits else probabilities[rows]).double()
-        if not (p.min() >= 0 and p.max() <= 1 + 1e-6): raise UserError('Every probability must lie between 0 and 1; take the softmax first.')
+        if not (p.min() >= 0 and p.max() <= 1 + 1e-6):
+            raise UserError('Every probability must lie between 0 and 1; take the softmax first.')
         cell = torch.bucketize(p, inner) + first
         gap += torch.bincount(cell.flatten(), p.flatten(), len(gap))
         gap -= torch.bincount(cell.gather(1, labels[rows, None]).flatten(), minlength=len(gap))

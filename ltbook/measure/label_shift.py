@@ -18,7 +18,8 @@ def replace_prior(
 ) -> Tensor:  # (n, C) logits under the other prior
     "Logits of the same classifier for another label distribution. Raises `UserError` if a source class is empty."
     source, target = (torch.as_tensor(v, device=logits.device).to(logits.dtype) for v in (source, target))
-    if source.min() <= 0: raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
+    if source.min() <= 0:
+        raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
     return logits + (target/target.sum()).log() - (source/source.sum()).log()
 
 # %% ../../nbs/measure/35_label_shift.ipynb #155dc24a
@@ -31,7 +32,8 @@ def estimate_prior(
     "The EM estimate of the test set's label distribution."
     source = torch.as_tensor(source, device=logits.device).double()
     p, source = logits.double().softmax(1), source/source.sum()
-    if source.min() <= 0: raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
+    if source.min() <= 0:
+        raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
     q = source
     for _ in range(steps):
         mass = p*(q/source)

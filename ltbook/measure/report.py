@@ -14,8 +14,8 @@ from torch import Tensor
 from ..data.checks import UserError
 from ..data.profile import shot_groups
 from .accuracy import as_predictions, per_class_accuracy, shot_accuracy, top1
-from .calibration import (adaptive_calibration_error, brier_score, calibration_error, classwise_calibration_error, confidences,
-                                        negative_log_likelihood)
+from .calibration import (adaptive_calibration_error, brier_score, calibration_error,
+                                        classwise_calibration_error, confidences, negative_log_likelihood)
 
 # %% ../../nbs/measure/33_report.ipynb #666617de
 def _finite(
@@ -33,7 +33,8 @@ def _group_errors(
 ) -> dict[str, float | None]:  # name -> ECE over the samples of the group
     "The expected calibration error of the samples whose label is in each group."
     inside = {name: torch.isin(labels, torch.as_tensor(ids, device=labels.device)) for name, ids in groups.items()}
-    return {name: calibration_error(confidence[m], correct[m], n_bins) if m.any() else None for name, m in inside.items()}
+    return {name: calibration_error(confidence[m], correct[m], n_bins) if m.any() else None
+            for name, m in inside.items()}
 
 def measures(
     logits: Tensor | np.ndarray,  # (n, C) of the test set
@@ -44,18 +45,22 @@ def measures(
 ) -> dict[str, float | int | list | None]:  # every measure by name, JSON-able
     "All measures of one model. Raises `UserError` for sizes that don't fit, an unknown rule, or logits with nan."
     logits, labels = as_predictions(logits, labels)
-    if len(counts) != logits.shape[1]: raise UserError(f'Give one count for each of the {logits.shape[1]} classes; there are {len(counts)}.')
+    if len(counts) != logits.shape[1]:
+        raise UserError(f'Give one count for each of the {logits.shape[1]} classes; there are {len(counts)}.')
     groups = shot_groups(np.asarray(counts), shot_rule)
     confidence, prediction = confidences(logits)
     correct = prediction == labels
     per_class = per_class_accuracy(logits, labels, len(counts))
-    errors = dict(ece=calibration_error(confidence, correct, n_bins), mce=calibration_error(confidence, correct, n_bins, 'max'),
+    errors = dict(ece=calibration_error(confidence, correct, n_bins),
+                  mce=calibration_error(confidence, correct, n_bins, 'max'),
                   aece=adaptive_calibration_error(confidence, correct, n_bins),
                   cwece=classwise_calibration_error(logits, labels, n_bins, logits=True))
     by_group = _group_errors(confidence, correct, labels, groups, n_bins)
-    return dict(top1=top1(logits, labels), **shot_accuracy(per_class, groups), **{f'{k}{n_bins}': v for k, v in errors.items()},
-                **{f'ece{n_bins}_{g}': v for g, v in by_group.items()}, nll=_finite(negative_log_likelihood(logits, labels)),
-                brier=brier_score(logits, labels), per_class=[_finite(a) for a in per_class.tolist()], n=len(labels))
+    return dict(top1=top1(logits, labels), **shot_accuracy(per_class, groups),
+                **{f'{k}{n_bins}': v for k, v in errors.items()},
+                **{f'ece{n_bins}_{g}': v for g, v in by_group.items()},
+                nll=_finite(negative_log_likelihood(logits, labels)), brier=brier_score(logits, labels),
+                per_class=[_finite(a) for a in per_class.tolist()], n=len(labels))
 
 # %% ../../nbs/measure/33_report.ipynb #9c0fde8a
 def protocol(

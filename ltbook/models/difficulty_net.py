@@ -22,7 +22,9 @@ class DifficultyNet(nn.Module):
     ):
         super().__init__()
         n = 1 if shared else n_classes
-        self.shared, self.layers = shared, nn.Sequential(nn.Linear(n, width, bias), nn.ReLU(), nn.Linear(width, width, bias), nn.ReLU(), nn.Linear(width, n, bias))
+        self.shared, self.layers = shared, nn.Sequential(nn.Linear(n, width, bias), nn.ReLU(),
+                                                         nn.Linear(width, width, bias), nn.ReLU(),
+                                                         nn.Linear(width, n, bias))
 
     def forward(self, accuracies: Tensor) -> Tensor:
         out = self.layers(accuracies[:, None])[:, 0] if self.shared else self.layers(accuracies)
@@ -44,7 +46,9 @@ def difficulty_target(
     check: bool = True,  # False doesn't look at the values, so that the step can be recorded
 ) -> Tensor:  # (C,)
     "What the driver wants the difficulties to be. Raises `UserError` for accuracies outside [0, 1]."
-    if check and not ((accuracies >= 0) & (accuracies <= 1)).all(): raise UserError(f'Accuracies lie in [0, 1], got {accuracies.min().item():g} to {accuracies.max().item():g}: give fractions, not percent.')
+    if check and not ((accuracies >= 0) & (accuracies <= 1)).all():
+        raise UserError(f'Accuracies lie in [0, 1], got {accuracies.min().item():g} to {accuracies.max().item():g}: '
+                        'give fractions, not percent.')
     return TARGETS[one_of(target, TARGETS, 'difficulty target')](accuracies)
 
 # %% ../../nbs/models/18_difficulty_net.ipynb #22f9d017

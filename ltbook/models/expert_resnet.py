@@ -27,9 +27,12 @@ class ExpertResNet32(nn.Module):
         if n_experts < 1: raise UserError(f'A network needs at least one expert, got n_experts = {n_experts}.')
         middle, self.n_features = (24, 48) if reduced else (32, 64)
         make_head = HEADS[one_of(head, HEADS, 'head')]
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16),
+                                  nn.ReLU(inplace=True))
         self.shared = block_group(16, 16)
-        self.branches = nn.ModuleList(nn.Sequential(block_group(16, middle, stride=2), block_group(middle, self.n_features, stride=2)) for _ in range(n_experts))
+        self.branches = nn.ModuleList(nn.Sequential(block_group(16, middle, stride=2),
+                                                    block_group(middle, self.n_features, stride=2))
+                                      for _ in range(n_experts))
         self.heads = nn.ModuleList(make_head(self.n_features, n_classes) for _ in range(n_experts))
         init_convolutions(self)
 

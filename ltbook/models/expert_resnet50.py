@@ -14,7 +14,7 @@ from .heads import CosineHead
 
 # %% ../../nbs/models/19_expert_resnet50.ipynb #a338ec13
 class ExpertResNet50(nn.Module):
-    "ResNet-50 or ResNeXt-50 whose third and fourth stage exist once for every expert. Raises `UserError` for less than one expert."
+    "ResNet-50 or ResNeXt-50, stages three and four once for every expert. Raises `UserError` for less than one expert."
     def __init__(
         self,
         n_classes: int,  # C
@@ -27,7 +27,8 @@ class ExpertResNet50(nn.Module):
         self.trunk = nn.Sequential(whole.conv1, whole.bn1, whole.relu, whole.maxpool, whole.layer1, whole.layer2)
         def branch():
             whole.inplanes = 512
-            return nn.Sequential(whole._make_layer(Bottleneck, 192, 6, stride=2), whole._make_layer(Bottleneck, 384, 3, stride=2))
+            return nn.Sequential(whole._make_layer(Bottleneck, 192, 6, stride=2),
+                                 whole._make_layer(Bottleneck, 384, 3, stride=2))
         self.n_features, self.branches = 1536, nn.ModuleList(branch() for _ in range(n_experts))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')

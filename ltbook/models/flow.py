@@ -95,7 +95,8 @@ class MaskedFlow(nn.Module):
         bound: float | None = None,  # of the log-scale; None (published) does not bound
     ):
         super().__init__()
-        blocks = [(Made(n_features, hidden, n_hidden, bool(i % 2), bound), FlowBatchNorm(n_features)) for i in range(n_blocks)]
+        blocks = [(Made(n_features, hidden, n_hidden, bool(i % 2), bound), FlowBatchNorm(n_features))
+                  for i in range(n_blocks)]
         self.layers = nn.ModuleList([layer for block in blocks for layer in block])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

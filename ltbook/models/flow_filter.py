@@ -43,7 +43,8 @@ def draw_centers(
     seed: int = 0,  # of the draw
 ) -> Tensor:  # (K, D)
     "Random centres of the mixture."
-    return torch.randn(n_clusters, n_features, generator=torch.Generator().manual_seed(seed))*length/math.sqrt(n_features)
+    return torch.randn(n_clusters, n_features,
+                       generator=torch.Generator().manual_seed(seed))*length/math.sqrt(n_features)
 
 # %% ../../nbs/models/16_flow_filter.ipynb #724d0e77
 class FlowFilter(nn.Module):

@@ -23,10 +23,14 @@ def check_members(
     if not len(members): raise UserError('There is nothing to fuse: give at least one member.')
     if not experts: return
     ids = np.concatenate(experts)
-    missing, twice = sorted(set(range(n_classes)) - set(ids.tolist())), sorted(k for k in set(ids.tolist()) if (ids == k).sum() > 1)
+    missing, twice = (sorted(set(range(n_classes)) - set(ids.tolist())),
+                      sorted(k for k in set(ids.tolist()) if (ids == k).sum() > 1))
     strange = sorted(set(ids.tolist()) - set(range(n_classes)))
-    if missing: raise UserError(f'No expert knows the classes {_some(missing)}: an expert is missing, or its class list is wrong.')
-    if twice: raise UserError(f'More than one expert knows the classes {_some(twice)}: every class belongs to one expert.')
+    if missing:
+        raise UserError(f'No expert knows the classes {_some(missing)}: '
+                        'an expert is missing, or its class list is wrong.')
+    if twice:
+        raise UserError(f'More than one expert knows the classes {_some(twice)}: every class belongs to one expert.')
     if strange: raise UserError(f'There are {n_classes} classes, but an expert claims {_some(strange)}.')
 
 def _some(ids): return ', '.join(map(str, ids[:8])) + (f' and {len(ids) - 8} more' if len(ids) > 8 else '')
@@ -42,12 +46,14 @@ def check_logits(
     "Raise `UserError` for a wrong width, NaN or infinite values, and an expert that rejects every image."
     width = n_classes if member is None else len(member) + 1
     if logits.ndim != 2 or logits.shape[1] != width:
-        raise UserError(f'{name} needs logits of shape (n, {width}), {"one a class" if member is None else "one a class and one for reject"}; '
+        raise UserError(f'{name} needs logits of shape (n, {width}), '
+                        f'{"one a class" if member is None else "one a class and one for reject"}; '
                         f'these are {tuple(logits.shape)}.')
-    if not logits.isfinite().all(): raise UserError(f'The logits of {name} hold NaN or infinite values: predict them again, or leave {name} out.')
+    if not logits.isfinite().all():
+        raise UserError(f'The logits of {name} hold NaN or infinite values: predict them again, or leave {name} out.')
     if rejects and member is not None and len(logits) and (logits.argmax(1) == len(member)).all():
-        raise UserError(f'{name} rejects all of the {len(logits)} images, those of its own classes too: train it longer, or with a larger open '
-                        f'ratio (fewer foreign images).')
+        raise UserError(f'{name} rejects all of the {len(logits)} images, those of its own classes too: '
+                        'train it longer, or with a larger open ratio (fewer foreign images).')
 
 # %% ../../nbs/models/14_fusion.ipynb #c8116e9b
 def reject_shift(
@@ -68,10 +74,10 @@ def fuse(
 
 # %% ../../nbs/models/14_fusion.ipynb #7cf1f3a4
 class JointCalibration(nn.Module):
-    "Scales and biases of all members' logits, and their fusion. Raises `UserError` for members that don't divide the classes."
+    "Scales and biases of all members' logits, and the fusion. Raises `UserError` unless members divide the classes."
     def __init__(
         self,
-        members: Sequence[np.ndarray | None],  # class ids of each expert in the order of its logits; None for a full-range member
+        members: Sequence[np.ndarray | None],  # class ids of each expert, in the order of its logits; None: full range
         n_classes: int,  # C
         ratios: Sequence[float] | None = None,  # r of each member, for the reject shift; None shifts nothing
         tied: bool = False,  # one scale a member and one bias a reject logit, instead of both for each logit
@@ -84,7 +90,8 @@ class JointCalibration(nn.Module):
         shift = torch.zeros(sum(self.widths))
         for i in experts if ratios else []: shift[ends[i]] = reject_shift(ratios[i])
         self.register_buffer('shift', shift, persistent=False)
-        self.register_buffer('owner', torch.repeat_interleave(torch.arange(len(members)), torch.tensor(self.widths)), persistent=False)
+        self.register_buffer('owner', torch.repeat_interleave(torch.arange(len(members)), torch.tensor(self.widths)),
+                             persistent=False)
         self.register_buffer('rejects', torch.as_tensor(ends[experts], dtype=torch.int64), persistent=False)
         self.scale = nn.Parameter(torch.ones(len(members) if tied else len(shift)))
         self.bias = nn.Parameter(torch.zeros(len(experts)) if tied else torch.ones(len(shift)))
@@ -102,6 +109,7 @@ class JointCalibration(nn.Module):
         "log P (B, C)."
         u = self.calibrated(z)
         experts = [(v, m) for v, m in zip(u, self.members) if m is not None]
-        parts = ([fuse(*zip(*experts))] if experts else []) + [v.log_softmax(1) for v, m in zip(u, self.members) if m is None]
+        parts = (([fuse(*zip(*experts))] if experts else [])
+                 + [v.log_softmax(1) for v, m in zip(u, self.members) if m is None])
         if len(parts) == 1: return parts[0]
         return torch.einsum('m,mbc->bc', self.mix.softmax(0), torch.stack(parts)).log_softmax(1)

@@ -54,7 +54,7 @@ def tau_normalized(
     head: nn.Linear,  # trained; left unchanged
     tau: float = 1.0,  # 0 keeps the lengths, 1 makes all of them 1
 ) -> nn.Linear:  # new head without bias
-    "The head with every class's weight vector divided by its length to the power tau (Decoupling, ICLR 2020, section 4.3)."
+    "The head with each class's weight vector divided by its length to the power tau (Decoupling, ICLR 2020, sec. 4.3)."
     new = nn.Linear(head.in_features, head.out_features, bias=False, device=head.weight.device)
     with torch.no_grad(): new.weight.copy_(head.weight / head.weight.norm(dim=1, keepdim=True)**tau)
     return new

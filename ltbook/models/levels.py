@@ -22,7 +22,9 @@ class PairSampler(Sampler):
     ):
         self.present, compact = np.unique(np.asarray(labels, dtype=np.int64), return_inverse=True)
         if len(self.present) < 2:
-            raise UserError(f'A filter needs rows of at least two classes, but only class {", ".join(map(str, self.present)) or "none"} is left at this level: use a smaller depth.')
+            raise UserError('A filter needs rows of at least two classes, but only class '
+                            f'{", ".join(map(str, self.present)) or "none"} is left at this level: '
+                            'use a smaller depth.')
         super().__init__(compact, seed)
 
     def epoch(self) -> np.ndarray:
@@ -135,11 +137,13 @@ def filter_checks(
     few_test, share = _rate(kept_test, test_counts, groups['few']), kept_test.sum()/test_counts.sum()
     worst, limit = log['balance'].tail(10).max()/balance_weight, 0.1*np.log(len(size))
     rows = [('divergence of the kept rows from uniform', kl_kept, f'below {kl:.3f}, that of all rows', kl_kept < kl),
-            ('keep-rate of few-shot classes', few, f'above {many:.3f}, that of many-shot classes', few > many if np.isfinite([few, many]).all() else None),
+            ('keep-rate of few-shot classes', few, f'above {many:.3f}, that of many-shot classes',
+             few > many if np.isfinite([few, many]).all() else None),
             ('clusters in use', (size > 0).mean(), 'at least 0.8', (size > 0).mean() >= 0.8),
             ('largest cluster', size.max(), f'below {cap:.0f}', size.max() < cap),
             ('balance loss, worst of the last ten epochs', worst, f'below {limit:.3f}', worst < limit),
-            ('epochs with a loss that is not finite', (~np.isfinite(log['loss'])).sum(), '0', bool(np.isfinite(log['loss']).all())),
+            ('epochs with a loss that is not finite', (~np.isfinite(log['loss'])).sum(), '0',
+             bool(np.isfinite(log['loss']).all())),
             ('share of the test rows kept', share, '0.1 to 0.5', 0.1 <= share <= 0.5),
             ('few-shot keep-rate, train minus test', few - few_test, 'small: a large gap is memory', None)]
     return pd.DataFrame(rows, columns=['check', 'value', 'wanted', 'holds']).astype(dict(value=float, holds=object))

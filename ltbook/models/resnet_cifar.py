@@ -41,7 +41,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        y += x if self.same else subsample_and_pad(x, self.c_out, self.stride)      # in place: no backward pass needs the y before
+        # in place: no backward pass needs the y before
+        y += x if self.same else subsample_and_pad(x, self.c_out, self.stride)
         return F.relu(y, inplace=True)
 
 # %% ../../nbs/models/12_resnet_cifar.ipynb #0faeecdb
@@ -74,7 +75,8 @@ class ResNet32(nn.Module):
     ):
         super().__init__()
         self.n_features = 64
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16),
+                                  nn.ReLU(inplace=True))
         self.groups = nn.Sequential(block_group(16, 16), block_group(16, 32, stride=2), block_group(32, 64, stride=2))
         init_convolutions(self)
         self.head = HEADS[one_of(head, HEADS, 'head')](64, n_classes) if n_classes else nn.Identity()

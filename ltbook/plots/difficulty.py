@@ -24,7 +24,8 @@ def _rank_colors(counts: Sequence[int]) -> np.ndarray:  # (C, 4)
 def _draw_curves(curves: np.ndarray, counts: Sequence[int], means: pd.DataFrame, ax: Axes) -> None:
     "Classes thin, groups bold; epochs count from 1."
     x = np.arange(1, len(curves) + 1)
-    ax.add_collection(LineCollection([np.column_stack([x, c]) for c in curves.T], colors=_rank_colors(counts), linewidths=0.6, alpha=0.6))
+    ax.add_collection(LineCollection([np.column_stack([x, c]) for c in curves.T], colors=_rank_colors(counts),
+                                     linewidths=0.6, alpha=0.6))
     for g in means: ax.plot(x, means[g], color=GROUP_COLORS[g], linewidth=2.2, label=g)
     ax.set_xlim(1, max(2, len(curves)))
 
@@ -81,7 +82,8 @@ def plot_difficulty_frequency(
     ax.scatter(counts, difficulty, s=16, c=_rank_colors(counts), edgecolors='0.3', linewidths=0.3)
     ax.set(ylim=(-0.03, 1.03), xlabel='training images', ylabel='$1 - A_c$')
     _log_counts(ax)
-    ax.set_title(f'{title}{", " if title else ""}' + (r'$\rho$ n/a' if np.isnan(rho) else rf'$\rho = {rho:.2f}$'), fontsize='medium')
+    ax.set_title(f'{title}{", " if title else ""}'
+                 + (r'$\rho$ n/a' if np.isnan(rho) else rf'$\rho = {rho:.2f}$'), fontsize='medium')
     return ax
 
 def _log_counts(ax: Axes) -> None:
@@ -101,8 +103,10 @@ def plot_weights_difficulty(
     "A point a class, a line a rule."
     ax, order = house_axes(ax, (4.0, 3.2)), np.argsort(difficulty)
     for i, (name, w) in enumerate(references.items()):
-        ax.plot(np.asarray(difficulty)[order], np.asarray(w)[order], color=COLORS[i % len(COLORS)], linewidth=1.1, linestyle=('-', '--')[i % 2], label=name)
-    ax.scatter(difficulty, weights, s=16, c='0.2' if counts is None else _rank_colors(counts), edgecolors='0.3', linewidths=0.3, zorder=3)
+        ax.plot(np.asarray(difficulty)[order], np.asarray(w)[order], color=COLORS[i % len(COLORS)],
+                linewidth=1.1, linestyle=('-', '--')[i % 2], label=name)
+    ax.scatter(difficulty, weights, s=16, c='0.2' if counts is None else _rank_colors(counts),
+               edgecolors='0.3', linewidths=0.3, zorder=3)
     ax.set(xlabel='$1 - A_c$', ylabel='class weight', ylim=(0, None))
     ax.legend(loc='lower right', fontsize='small', frameon=False, handlelength=1.6, labelspacing=0.2)
     return ax
@@ -123,10 +127,14 @@ def plot_contrast(
             style = dict(color=COLORS[i % len(COLORS)]) | dict((styles or {}).get(name, {}))
             ax.plot(np.arange(1, len(c) + 1), c[column], linewidth=1.3, label=name, **style)
         ax.set(xlabel='epoch', yscale='log' if column == 'ratio' else 'linear')
-        if column == 'ratio': ax.yaxis.set_major_formatter(LogFormatter()); ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        if column == 'ratio':
+            ax.yaxis.set_major_formatter(LogFormatter())
+            ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         ax.set_title(title, fontsize='medium')
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if contrasts: axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small', frameon=False, handlelength=1.6)
+    if contrasts:
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+                              fontsize='small', frameon=False, handlelength=1.6)
     return axes
 
 # %% ../../nbs/plots/78_difficulty.ipynb #d8755a55
@@ -141,7 +149,7 @@ def _grey_axis(ax: Axes, label: str) -> Axes:
     return right
 
 def plot_gradients(
-    history: pd.DataFrame,  # a row an epoch; driver_gradient, meta_gradient (norms) and, where there is one, gradient_cosine
+    history: pd.DataFrame,  # a row an epoch; driver_gradient, meta_gradient (norms) and, if any, gradient_cosine
     ax: Axes | None = None,  # axes to use; None makes a new figure
     drops: Sequence[int] = (),  # epochs, from 1, at which the learning rate dropped
 ) -> Axes:  # the axes of the norms
@@ -189,7 +197,8 @@ def plot_scales(
 ) -> Axes:  # the axes of the scales
     "Learned scales by class size, beside the smoothing."
     ax = house_axes(ax, (4.8, 3.0))
-    for i, (name, s) in enumerate(scales.items()): ax.scatter(counts, s, s=14, color=COLORS[i % len(COLORS)], label=name)
+    for i, (name, s) in enumerate(scales.items()):
+        ax.scatter(counts, s, s=14, color=COLORS[i % len(COLORS)], label=name)
     ax.set(xlabel='training images', ylabel='scale')
     _log_counts(ax)
     if smoothing is not None:

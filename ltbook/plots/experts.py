@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from .style import COLORS, house_axes
 
 # %% ../../nbs/plots/76_experts.ipynb #a21096b4
-MEASURES = dict(oracle='own class, reject left out', inside='own class, may reject', outside_rejected='foreign images rejected')
+MEASURES = dict(oracle='own class, reject left out', inside='own class, may reject',
+                outside_rejected='foreign images rejected')
 
 def plot_experts(
     table: pd.DataFrame,  # fractions 0..1: a row an expert; columns oracle, inside, outside_rejected
@@ -21,11 +22,13 @@ def plot_experts(
     "Three bars for every expert."
     ax = house_axes(ax, (5.0, 3.0))
     for i, (column, label) in enumerate(MEASURES.items()):
-        ax.bar([j + 0.27*(i - 1) for j in range(len(table))], table[column].astype(float), 0.25, color=COLORS[i], label=label)
+        ax.bar([j + 0.27*(i - 1) for j in range(len(table))], table[column].astype(float), 0.25,
+               color=COLORS[i], label=label)
     ax.set_xticks(range(len(table)), [str(k) for k in table.index])
     ax.tick_params(axis='x', length=0)
     ax.set(ylabel='fraction', ylim=(0, 1))
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, fontsize='small', frameon=False, handlelength=1, borderaxespad=0.2)
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2, fontsize='small', frameon=False, handlelength=1,
+              borderaxespad=0.2)
     return ax
 
 # %% ../../nbs/plots/76_experts.ipynb #f883ab05
@@ -36,7 +39,8 @@ def plot_reject_curves(
     "Own images accepted against foreign images let through; the diagonal knows nothing."
     ax = house_axes(ax, (3.4, 3.4))
     ax.plot([0, 1], [0, 1], linestyle='--', color='0.6', linewidth=1)
-    for i, (label, c) in enumerate(curves.items()): ax.plot(c.outside, c.inside, color=COLORS[i % len(COLORS)], label=label)
+    for i, (label, c) in enumerate(curves.items()):
+        ax.plot(c.outside, c.inside, color=COLORS[i % len(COLORS)], label=label)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal', xlabel='foreign images accepted', ylabel='own images accepted')
     ax.legend(loc='lower right', fontsize='small', frameon=False)
     return ax

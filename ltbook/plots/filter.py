@@ -14,14 +14,15 @@ from .style import COLORS, house_axes
 
 # %% ../../nbs/plots/77_filter.ipynb #eff82b3b
 def plot_keep_rates(
-    rates: Mapping[str, Sequence[float]],  # name of a part -> share kept of every class (C,), nan where there are no rows
+    rates: Mapping[str, Sequence[float]],  # name of a part -> share kept of every class (C,), nan where there's no row
     counts: Sequence[int],  # (C,) train rows
     keep: float | None = None,  # share kept overall, for the line
     ax: Axes | None = None,  # axes to use; None makes a new figure
 ) -> Axes:  # the axes
     "Share kept against class size, for the train and the test part."
     ax = house_axes(ax, (4.0, 2.8))
-    for i, (name, rate) in enumerate(rates.items()): ax.plot(counts, rate, 'o', ms=4, alpha=0.75, mec='none', color=COLORS[i], label=name)
+    for i, (name, rate) in enumerate(rates.items()):
+        ax.plot(counts, rate, 'o', ms=4, alpha=0.75, mec='none', color=COLORS[i], label=name)
     if keep is not None: ax.axhline(keep, color='0.4', ls='--', lw=1)
     ax.set(xscale='log', xlabel='train rows of the class', ylabel='share kept', ylim=(-0.02, 1.02))
     ax.legend(loc='upper right', fontsize='small', frameon=False, handletextpad=0.1)
@@ -37,7 +38,8 @@ def plot_shares(
     ax = house_axes(ax, (4.0, 2.8))
     for i, name in enumerate(shares):
         note = f' ({divergence[name]:.2f})' if divergence and name in divergence else ''
-        ax.stairs(shares[name], np.arange(len(shares) + 1), color=COLORS[i % len(COLORS)], lw=1.4, label=f'{name}{note}')
+        ax.stairs(shares[name], np.arange(len(shares) + 1), color=COLORS[i % len(COLORS)], lw=1.4,
+                  label=f'{name}{note}')
     ax.axhline(1/len(shares), color='0.4', ls='--', lw=1)
     ax.set(xlabel='class, most frequent first', ylabel='share of the rows', xlim=(0, len(shares)), ylim=(0, None))
     ax.legend(loc='upper right', fontsize='small', frameon=False, handlelength=1.2)
@@ -57,7 +59,8 @@ def plot_clusters(
     ax.plot(size[there], purity[there], 'o', ms=5, alpha=0.75, mec='none', color=COLORS[0])
     if min_size is not None: ax.axvline(min_size, color='0.4', ls=':', lw=1)
     if min_purity is not None: ax.axhline(min_purity, color='0.4', ls=':', lw=1)
-    ax.set(xscale='log', xlabel='rows of the cluster', ylabel='purity', ylim=(0, 1.03), title=f'{there.sum()} of {len(size)} clusters in use')
+    ax.set(xscale='log', xlabel='rows of the cluster', ylabel='purity', ylim=(0, 1.03),
+           title=f'{there.sum()} of {len(size)} clusters in use')
     ax.title.set_fontsize('small')
     return ax
 
@@ -71,7 +74,8 @@ def plot_likelihoods(
     ax = house_axes(ax, (4.0, 2.8))
     low, high = np.quantile(next(iter(loglik.values())), 0.05), max(np.quantile(v, 0.998) for v in loglik.values())
     bins = np.linspace(low, high, 51)
-    for i, (name, v) in enumerate(loglik.items()): ax.hist(v, bins, density=True, histtype='step', lw=1.5, color=COLORS[i], label=name)
+    for i, (name, v) in enumerate(loglik.items()):
+        ax.hist(v, bins, density=True, histtype='step', lw=1.5, color=COLORS[i], label=name)
     if threshold is not None: ax.axvline(threshold, color='0.2', ls='--', lw=1, label='threshold')
     ax.set(xlabel='log-likelihood', ylabel='density')
     ax.legend(loc='upper left', fontsize='small', frameon=False, handlelength=1.2)
@@ -87,7 +91,8 @@ def plot_plane(
 ) -> Axes:  # the axes
     "A scatter plot of rows, rarest on top, and crosses for the centres."
     ax, order = house_axes(ax, (3.8, 3.2)), np.argsort(value, kind='stable')
-    dots = ax.scatter(*np.asarray(points)[order].T, c=np.asarray(value)[order], s=5, cmap='viridis', alpha=0.7, linewidths=0, rasterized=True)
+    dots = ax.scatter(*np.asarray(points)[order].T, c=np.asarray(value)[order], s=5, cmap='viridis', alpha=0.7,
+                      linewidths=0, rasterized=True)
     if centers is not None: ax.plot(*np.asarray(centers).T, 'x', ms=5, color=COLORS[3])
     middle = np.quantile(points, [0.005, 0.995], axis=0)
     ax.set(xlim=middle[:, 0], ylim=middle[:, 1], xlabel='first direction', ylabel='second direction')

@@ -13,7 +13,7 @@ from .style import COLORS, house_axes
 
 # %% ../../nbs/plots/72_groups.ipynb #12bb4dd9
 def plot_groups(
-    table: pd.DataFrame,  # accuracies 0..1: a row a run, or one a seed under the run's name; a column a group; nan for none
+    table: pd.DataFrame,  # accuracies 0..1, nan for none; a row a run, or one a seed under its name; a column a group
     ax: Axes | None = None,  # axes to use; None makes a new figure
 ) -> Axes:  # the axes
     "Grouped bars, one colour a run: the mean of its rows and, where it has several, their standard deviation."
@@ -21,10 +21,11 @@ def plot_groups(
     runs, width = list(dict.fromkeys(table.index)), 0.8
     long = table.rename_axis('run').reset_index().melt('run', var_name='group', value_name='accuracy')
     palette = [COLORS[i % len(COLORS)] for i in range(len(runs))]
-    sns.barplot(long, x='group', y='accuracy', hue='run', hue_order=runs, palette=palette, saturation=1, width=width, gap=0.08,
-                errorbar='sd', err_kws=dict(color='0.25', linewidth=1), capsize=0.2, ax=ax)
+    sns.barplot(long, x='group', y='accuracy', hue='run', hue_order=runs, palette=palette, saturation=1, width=width,
+                gap=0.08, errorbar='sd', err_kws=dict(color='0.25', linewidth=1), capsize=0.2, ax=ax)
     for i, bars in enumerate(ax.containers[:len(runs)]):
-        for bar in bars: bar.set(hatch='///'*(i // len(COLORS)), edgecolor='white', linewidth=0)      # hatched from the 11th run on
+        # hatched from the 11th run on
+        for bar in bars: bar.set(hatch='///'*(i // len(COLORS)), edgecolor='white', linewidth=0)
     for i, (run, values) in enumerate(table.groupby(level=0, sort=False)):
         for j, missing in enumerate(values.isna().all()):
             x = j + width*((i + 0.5)/len(runs) - 0.5)
@@ -32,5 +33,6 @@ def plot_groups(
                                 transform=ax.get_xaxis_transform())
     ax.tick_params(axis='x', length=0)
     ax.set(xlabel='', ylabel='accuracy', ylim=(0, None))
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=min(3, len(table)), fontsize='small', frameon=False, handlelength=1, borderaxespad=0.2)
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=min(3, len(table)), fontsize='small', frameon=False,
+              handlelength=1, borderaxespad=0.2)
     return ax

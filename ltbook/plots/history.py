@@ -24,7 +24,8 @@ def _draw(
     "A line through the values of one column that are there."
     there = history[column].reset_index(drop=True).dropna()
     marker = '.' if len(there) <= 40 else None
-    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, label=column.removeprefix('test_'), **style)
+    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, label=column.removeprefix('test_'),
+            **style)
 
 def _mark_stages(
     stages: pd.Series,  # name of the stage in each row
@@ -35,7 +36,8 @@ def _mark_stages(
     short = first.index.to_series().diff().min() < 0.15 * len(stages)  # then the names would run into each other
     for row, name in first.items():
         if row: ax.axvline(row + 0.5, color='0.6', linestyle=':', linewidth=1)
-        ax.text(row + 0.7, 1.01, name, transform=ax.get_xaxis_transform(), fontsize='small', color='0.4', va='bottom', rotation=40 if short else 0)
+        ax.text(row + 0.7, 1.01, name, transform=ax.get_xaxis_transform(), fontsize='small', color='0.4', va='bottom',
+                rotation=40 if short else 0)
 
 # %% ../../nbs/plots/74_history.ipynb #9d2708be
 def plot_history(
@@ -46,7 +48,8 @@ def plot_history(
     "Accuracies (left) and training loss (right, grey) over all epochs."
     ax = house_axes(ax, (5.0, 3.0))
     columns = [c for c in ACCURACIES if c in history and history[c].notna().any()] if columns is None else columns
-    for i, c in enumerate(columns): _draw(history, c, ax, color=GROUP_COLORS.get(c.removeprefix('test_'), COLORS[3 + i % 7]))
+    for i, c in enumerate(columns):
+        _draw(history, c, ax, color=GROUP_COLORS.get(c.removeprefix('test_'), COLORS[3 + i % 7]))
     ax.set(xlabel='epoch', xlim=(0, len(history) + 1), ylabel='accuracy' if columns else 'training loss')
     if 'loss' in history:
         right = ax.twinx() if columns else ax
@@ -58,5 +61,6 @@ def plot_history(
     if 'stage' in history: _mark_stages(history['stage'], ax)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if columns:
-        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.17), ncols=4, fontsize='small', frameon=False, handlelength=1.2, columnspacing=1)
+        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.17), ncols=4, fontsize='small', frameon=False,
+                  handlelength=1.2, columnspacing=1)
     return ax

@@ -24,8 +24,10 @@ def plot_profile(
     for i, (name, ids) in enumerate((groups or {'': range(len(counts))}).items()):
         height = np.where(np.isin(order, np.asarray(ids, dtype=np.int64)), counts[order], np.nan)
         label = f'{name} ({len(ids)} classes)' if name else None
-        ax.stairs(height, np.arange(len(counts) + 1), baseline=low, fill=True, color=GROUP_COLORS.get(name, COLORS[i % len(COLORS)]), label=label)
-    ax.set(yscale='log', xlim=(0, len(counts)), ylim=(low, None), xlabel='class, by number of images', ylabel='training images')
+        ax.stairs(height, np.arange(len(counts) + 1), baseline=low, fill=True,
+                  color=GROUP_COLORS.get(name, COLORS[i % len(COLORS)]), label=label)
+    ax.set(yscale='log', xlim=(0, len(counts)), ylim=(low, None),
+           xlabel='class, by number of images', ylabel='training images')
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if groups: ax.legend(loc='upper right', fontsize='small', framealpha=0.8, edgecolor='none', handlelength=1)
     return ax

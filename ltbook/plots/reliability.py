@@ -13,7 +13,7 @@ from .style import COLORS, house_axes
 
 # %% ../../nbs/plots/71_reliability.ipynb #90d0e79f
 def plot_reliability(
-    bins: pd.DataFrame,  # one row a bin: lower, upper, count, accuracy, confidence, gap (as `calibration_bins` makes them)
+    bins: pd.DataFrame,  # one row a bin: lower, upper, count, accuracy, confidence, gap (from `calibration_bins`)
     ax: Axes | None = None,  # axes to use; None makes a new figure
     title: str | None = None,  # name of the model
     top1: float | None = None,  # accuracy for the box, 0..1
@@ -24,13 +24,16 @@ def plot_reliability(
     seen = bins[bins['count'] > 0]
     style = dict(width=seen.upper - seen.lower, align='edge', linewidth=0.5)
     ax.bar(seen.lower, seen.accuracy, color=COLORS[9], edgecolor='white', label='accuracy', **style)
-    ax.bar(seen.lower, seen.gap, bottom=seen[['accuracy', 'confidence']].min(axis=1), facecolor=to_rgba(COLORS[3], 0.35), edgecolor=COLORS[3],
-           hatch='////', label='gap', **style)
+    ax.bar(seen.lower, seen.gap, bottom=seen[['accuracy', 'confidence']].min(axis=1),
+           facecolor=to_rgba(COLORS[3], 0.35), edgecolor=COLORS[3], hatch='////', label='gap', **style)
     ax.plot([0, 1], [0, 1], linestyle='--', color='0.35', linewidth=1)
     box = [f'{name} {value:.3f}' for name, value in (('top-1', top1), ('ECE', ece)) if value is not None]
     frame = dict(boxstyle='round', facecolor='white', edgecolor='0.7', alpha=0.9)
-    if box: ax.text(0.95, 0.06, '\n'.join(box), ha='right', va='bottom', fontsize='small', bbox=frame, transform=ax.transAxes)
+    if box:
+        ax.text(0.95, 0.06, '\n'.join(box), ha='right', va='bottom', fontsize='small', bbox=frame,
+                transform=ax.transAxes)
     fifths = [i / 5 for i in range(6)]
-    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=fifths, yticks=fifths, aspect='equal', xlabel='confidence', ylabel='accuracy', title=title)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=fifths, yticks=fifths, aspect='equal',
+           xlabel='confidence', ylabel='accuracy', title=title)
     ax.legend(loc='upper left', fontsize='small', framealpha=0.9, edgecolor='none', handlelength=1.2)
     return ax

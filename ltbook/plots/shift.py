@@ -21,12 +21,16 @@ def plot_shift(
     ax, at, others = house_axes(ax, (5.2, 3.2)), range(len(table)), [c for c in table if c != baseline]
     for name, values in table.astype(float).items():
         i = None if name == baseline else others.index(name)
-        look = dict(color='k', ls='--') if i is None else dict(color=COLORS[i % len(COLORS)], ls='-' if i < len(COLORS) else ':')
+        look = (dict(color='k', ls='--') if i is None else
+                dict(color=COLORS[i % len(COLORS)], ls='-' if i < len(COLORS) else ':'))
         ax.plot(at, values, marker='o', ms=3, lw=1.5, label=str(name), **look)
-        if spread is not None: ax.fill_between(at, values - spread[name].fillna(0), values + spread[name].fillna(0), color=look['color'], alpha=.15, lw=0)
+        if spread is not None:
+            ax.fill_between(at, values - spread[name].fillna(0), values + spread[name].fillna(0),
+                            color=look['color'], alpha=.15, lw=0)
     ax.set_xticks(at, table.index, rotation=40, ha='right', rotation_mode='anchor')
     ax.set(ylabel='accuracy')
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, fontsize='small', frameon=False, handlelength=1.4, borderaxespad=.2)
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, fontsize='small', frameon=False, handlelength=1.4,
+              borderaxespad=.2)
     return ax
 
 # %% ../../nbs/plots/75_shift.ipynb #4b1408fd
@@ -61,5 +65,6 @@ def plot_weights(
         low = low + w
     ax.set_xticks(range(len(weights)), weights.index, rotation=40, ha='right', rotation_mode='anchor')
     ax.set(ylabel='weight', ylim=(0, 1))
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=weights.shape[1], fontsize='small', frameon=False, handlelength=1, borderaxespad=.2)
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=weights.shape[1], fontsize='small', frameon=False,
+              handlelength=1, borderaxespad=.2)
     return ax

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ltbook.data.augment import PlainView, TrainView
+from ltbook.data.views import PlainView, TrainView
 from ltbook.data.auto_augment import AutoAugment
 from ltbook.data.checks import UserError
 from ltbook.methods.difficulty_net import DifficultyWeigher
@@ -44,6 +44,9 @@ def stage_of(method, name='stage1', n=150, **changes):
     return get_method(method).stages[name](context)
 
 
+def load(stage, index, rng): return stage.view.load(stage.view.plan(index, rng))
+
+
 def values(stage, optimizer):
     "Weights, statistics and momenta in one vector; of a network that learns weights too, with its Adam and what it logs"
     return torch.cat([v.double().flatten() for v in memory(stage, optimizer)])
@@ -68,7 +71,7 @@ def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkey
     for e in range(epochs):
         losses.append(train_epoch(stage, e, optimizer, rng, compute, step=step)[0])
         if stage.after_epoch: losses += [v.mean().item() for v in stage.after_epoch(e).values()]       # accuracies, and weights from them, must be followed too
-    if step: assert len(step.plans) == 1 + (len(stage.sampler) % stage.batch_size > 0)
+    if step: assert len(step.loaded) == 1 + (len(stage.sampler) % stage.batch_size > 0)
     return losses, values(stage, optimizer), rng.bit_generator.state
 
 
@@ -122,16 +125,16 @@ def test_replaying_notices_a_history_that_stays_in_python(monkeypatch):
 @pytest.mark.parametrize('changes', [dict(auto_augment=True), dict(cutout_side=4, pad_mode='reflect+constant')], ids=['auto', 'cutout'])
 def test_strong_views_replayed(changes, monkeypatch):
     "The views of the CIFAR recipes, AutoAugment in the form it has on a GPU"
-    from ltbook.data import augment
-    monkeypatch.setattr(augment, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
+    from ltbook.data import views
+    monkeypatch.setattr(views, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
     cuda, changes = TapeCuda(), dict(batch_size=32, monkeypatch=monkeypatch, **changes)
     a, b = trained('difficulty_net', 'stage1', False, **changes), trained('difficulty_net', 'stage1', True, cuda=cuda, **changes)
     assert max(g.replays for g in cuda.graphs) > 3
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6, equal_nan=True)
     stage = stage_of('reweighting', **{k: v for k, v in changes.items() if k not in ('batch_size', 'monkeypatch')})
-    plan, lam = stage.view.plan(np.arange(16), np.random.default_rng(0))
-    assert host_questions(lambda: stage.view.apply(plan, lam)) == []
+    loaded = load(stage, np.arange(16), np.random.default_rng(0))
+    assert host_questions(lambda: stage.view.apply(loaded)) == []
 
 
 def test_a_finished_stage_lets_go():
@@ -155,7 +158,7 @@ def test_evaluation_leaves_cudnn_on():
         seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
         return dict(logits=net(x))
     before = torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32
-    predict(nn.Linear(2, 3), lambda i: dict(x=torch.ones(len(i), 2)), 4, outputs)
+    predict(nn.Linear(2, 3), lambda i, rng: dict(x=torch.ones(len(i), 2)), 4, outputs)
     assert seen == [(before[0], False)] and (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32) == before
 
 
@@ -227,8 +230,8 @@ def nothing_asked(stage, monkeypatch):
     Compute().prepare(stage.network)
     step = CapturedStep(stage, stage.optimizer(), Compute(capture=True))
     stage.set_mode(stage.network)
-    step(*stage.view.plan(stage.sampler.epoch()[:16], np.random.default_rng(0)), .1)
-    before, plan = values(stage, step.sgd.optimizer), step.plans[16]
+    step(load(stage, stage.sampler.epoch()[:16], np.random.default_rng(0)), .1)
+    before, [plan] = values(stage, step.sgd.optimizer), step.loaded.values()
     def asked(*a, **k): raise AssertionError('the device was asked for a value')
     for k in ('item', 'cpu', 'tolist', 'numpy', 'nonzero', '__bool__', '__float__', '__int__', '__index__'): monkeypatch.setattr(torch.Tensor, k, asked)
     as_tensor = torch.as_tensor
@@ -253,24 +256,26 @@ def test_questions_are_noticed():
     for loss in (lambda z, b: plain(z, b)*float(z.detach().sum()), lambda z, b: Peek.apply(plain(z, b))):
         stage.loss = loss
         step = CapturedStep(stage, stage.optimizer(), Compute())
-        step(*stage.view.plan(np.arange(4), np.random.default_rng(0)), .1)
-        assert host_questions(lambda: step.arithmetic(step.plans[4])) == ['_local_scalar_dense']
+        step(load(stage, np.arange(4), np.random.default_rng(0)), .1)
+        assert host_questions(lambda: step.arithmetic(*step.loaded.values())) == ['_local_scalar_dense']
 
 
 def test_arithmetic_reads_only_the_buffers():
-    "What stands in plan, lambda and rate when it is called decides; earlier arguments don't"
+    "What stands in the buffers and the rate when it is called decides; earlier arguments don't"
     stage = stage_of('mislas')
     step, rng = CapturedStep(stage, stage.optimizer(), Compute()), np.random.default_rng(0)
-    plans = [stage.view.plan(np.arange(8) + k, rng) for k in (0, 50)]
-    step(*plans[0], 0.)
+    plans = [load(stage, np.arange(8) + k, rng) for k in (0, 50)]
+    step(plans[0], 0.)
     first, weights = step.loss.item(), values(stage, step.sgd.optimizer)[:100].clone()
-    addresses = step.plans[8].data_ptr(), step.lam.data_ptr(), step.loss.data_ptr(), [r.data_ptr() for r in step.sgd.rates.values()]
-    step.plans[8].copy_(plans[1][0]); step.lam.copy_(plans[1][1])
-    step.arithmetic(step.plans[8])
+    [buffers] = step.loaded.values()
+    def addresses(): return [t.data_ptr() for t in (*buffers.values(), step.loss, *step.sgd.rates.values())]
+    before = addresses()
+    for k, v in plans[1].items(): buffers[k].copy_(v)
+    step.arithmetic(buffers)
     by_hand = step.loss.item()
-    assert step(*plans[1], 0.).item() == pytest.approx(by_hand, abs=1e-6) and by_hand != first       # rate 0: the weights stay
+    assert step(plans[1], 0.).item() == pytest.approx(by_hand, abs=1e-6) and by_hand != first       # rate 0: the weights stay
     assert torch.equal(values(stage, step.sgd.optimizer)[:100], weights)
-    assert addresses == (step.plans[8].data_ptr(), step.lam.data_ptr(), step.loss.data_ptr(), [r.data_ptr() for r in step.sgd.rates.values()])
+    assert addresses() == before
 
 
 def test_who_fits():
@@ -280,7 +285,7 @@ def test_who_fits():
     own = replace(stage, before_step=lambda b, lr: b)
     assert can_capture(replace(own, recordable=True)) and can_capture(stage_of('difficulty_net'))
     not_these = [own, replace(own, draw=dict), replace(stage, state=dict(count=object())),
-                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__new__(PlainView)), replace(own, recordable=True, view=lambda i, rng: {})]
+                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__call__), replace(own, recordable=True, view=lambda i, rng: {})]
     assert not any(map(can_capture, not_these))
     for s in not_these:
         assert captured_step(s, None, Compute(capture=True)) is None

@@ -5,10 +5,11 @@ from PIL import Image
 from hypothesis import given, settings, strategies as st
 from torchvision.transforms import AutoAugment as TorchvisionAugment, AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
-from ltbook.data.augment import TrainView, crop_flip, rotate
+from ltbook.data.augment import crop_flip, pad_images, rotate
 from ltbook.data.auto_augment import POLICY, AutoAugment, affine_row, autocontrast_table, blend, equalize_table, magnitudes, points, warp
 from ltbook.data.checks import UserError
 from ltbook.data.stores import ImageSet
+from ltbook.data.views import Augmentation, TrainView
 
 def pictures(side=32, channels=3, seed=0):
     "Noise, narrow noise, a ramp, few values, one value, black and white."
@@ -129,28 +130,33 @@ def test_other_images_are_refused(side, channels):
     with pytest.raises(UserError, match='switch it off'): AutoAugment(side, channels)
 
 def test_a_view_of_too_small_images_is_refused():
-    data = ImageSet(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.arange(2), ('a', 'b'))
-    with pytest.raises(UserError, match='at least 3 pixels'): TrainView(data, (0.,), (1.,), 0, False, auto_augment=True)
+    data = ImageSet(torch.zeros(2, 2, 2, 1, dtype=torch.uint8), torch.arange(2), ('a', 'b'))
+    with pytest.raises(UserError, match='at least 3 pixels'): TrainView(data, Augmentation(auto_augment=True))
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-def some(n=40): return ImageSet(pictures().repeat(n//10, 1, 1, 1), torch.arange(n) % 5, tuple('abcde'))
+def some(n=40):
+    images = pictures().repeat(n//10, 1, 1, 1).permute(0, 2, 3, 1)
+    return ImageSet(images, torch.arange(n) % 5, tuple('abcde'), mean=MEAN, std=STD)
 
 @pytest.mark.parametrize('options', [{}, dict(cutout_side=16, pad_mode='reflect+constant'), dict(mixup_alpha=.5), dict(rotation=15., cutout_side=8)])
 def test_the_view_draws_the_rest_as_without_and_stays_as_it_was(options):
-    plain, auto = (TrainView(some(), MEAN, STD, 4, True, auto_augment=a, **options) for a in (False, True))
+    plain, auto = (TrainView(some(), Augmentation(4, True, auto_augment=a, **options)) for a in (False, True))
     index, r, s = np.arange(40), np.random.default_rng(1), np.random.default_rng(1)
-    (a, lam), (b, lam_auto) = plain.plan(index, r), auto.plan(index, s)
-    assert torch.equal(a, b[:-2]) and torch.equal(lam, lam_auto) and len(b) == len(a) + 2
+    first, second = plain.plan(index, r), auto.plan(index, s)
+    a, b = first['rows'], second['rows']
+    assert torch.equal(a, b[:-2]) and torch.equal(first['lam'], second['lam']) and len(b) == len(a) + 2
     assert np.array_equal(auto.auto.draw(40, r), b[-2:].numpy()) and r.bit_generator.state == s.bit_generator.state  # and nothing else was drawn
 
 def test_the_view_augments_after_the_crop_and_before_the_cutout():
-    view, index = TrainView(some(), MEAN, STD, 4, True, cutout_side=16, pad_mode='reflect+constant', rotation=15., auto_augment=True), np.arange(40)
-    plan, _ = view.plan(index, np.random.default_rng(4))
+    wanted = Augmentation(4, True, cutout_side=16, pad_mode='reflect+constant', rotation=15., auto_augment=True)
+    view, index = TrainView(some(), wanted), np.arange(40)
+    plan = view.plan(index, np.random.default_rng(4))['rows']
+    padded = pad_images(some().images, 4, 'reflect+constant')
     got = view(index, np.random.default_rng(4))['x']
-    x = rotate(crop_flip(view.padded, plan[0], plan[1], plan[2], plan[3].bool(), 32), plan[7]/1000)
+    x = rotate(crop_flip(padded, torch.arange(40), plan[0], plan[1], plan[2].bool(), (32, 32)), plan[6]/1000)
     for i, (im, moves) in enumerate(zip(x, plan[-2:].T.tolist())):
         for k in moves: im = one(im, *view.auto.moves[k])
-        top, left, fill = int(plan[4, i]), int(plan[5, i]), int(im.double().mean())
+        top, left, fill = int(plan[3, i]), int(plan[4, i]), int(im.double().mean())
         im[:, max(top, 0):top + 16, max(left, 0):left + 16] = fill
         assert -8 <= min(top, left) and max(top, left) <= 15
         assert torch.allclose(got[i], TF.normalize(im.float()/255, MEAN, STD), atol=5e-6)

@@ -8,9 +8,10 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings, strategies as st
 from torch.autograd import gradcheck
 
-from ltbook.data.augment import TrainView, rotate
+from ltbook.data.augment import rotate
 from ltbook.data.checks import UserError
 from ltbook.data.stores import ImageSet
+from ltbook.data.views import Augmentation, TrainView
 from ltbook.losses.dirichlet import DirichletPool, component_means, dirmixe_loss, draw_losses, semi_variance
 from ltbook.losses.experts import ldam_margins, reversed_prior, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
 from ltbook.losses.reweighting import class_balanced_weights
@@ -61,15 +62,14 @@ def test_rotation_pixel_by_pixel(seed):
 
 
 def test_view_with_rotation_is_its_plan():
-    data = ImageSet(torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 16, 16), dtype=np.uint8)), torch.arange(9) % 3, tuple('abc'))
-    view, plain = (TrainView(data, (0.,)*3, (1.,)*3, 2, True, rotation=r) for r in (15., 0.))
+    data = ImageSet(torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)), torch.arange(9) % 3, tuple('abc'))
+    view, plain = (TrainView(data, Augmentation(2, True, rotation=r)) for r in (15., 0.))
     index = np.arange(2000) % 9
-    plan, _ = view.plan(index, np.random.default_rng(1))
-    old, _ = plain.plan(index, np.random.default_rng(1))
-    assert plan.shape[0] == 8 and torch.equal(plan[:7], old) and plan[7].abs().max() <= 15_000 and abs(plan[7].double().mean()) < 5*8660/math.sqrt(2000)
+    plan, old = (v.plan(index, np.random.default_rng(1))['rows'] for v in (view, plain))
+    assert plan.shape[0] == 7 and torch.equal(plan[:6], old) and plan[6].abs().max() <= 15_000 and abs(plan[6].double().mean()) < 5*8660/math.sqrt(2000)
     x, still = (255*v(index[:20], np.random.default_rng(1))['x'] for v in (view, plain))
-    assert torch.allclose(x, rotate(still, view.plan(index[:20], np.random.default_rng(1))[0][7]/1000), atol=1e-3) and not torch.allclose(x, still, atol=1)
-    with pytest.raises(UserError, match='rotation'): TrainView(data, (0.,)*3, (1.,)*3, 2, True, rotation=200.)
+    assert torch.allclose(x, rotate(still, view.plan(index[:20], np.random.default_rng(1))['rows'][6]/1000), atol=1e-3) and not torch.allclose(x, still, atol=1)
+    with pytest.raises(UserError, match='rotation'): TrainView(data, Augmentation(2, True, rotation=200.))
 
 
 @pytest.mark.parametrize('classes,reduced,total', [(10, True, 770_896), (100, True, 783_856), (100, False, 1_362_064)])

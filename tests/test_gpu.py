@@ -47,6 +47,9 @@ def stage_of(method, name, device, **changes):
     return stage, context.compute
 
 
+def load(stage, index, rng): return stage.view.load(stage.view.plan(index, rng))
+
+
 @pytest.mark.parametrize('method, name, changes', STAGES, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in STAGES])
 def test_one_step_replayed_is_one_step_called(method, name, changes, machine):
     "From the same state, whole batches and partial ones, after some steps of both; and nobody waits"
@@ -58,25 +61,25 @@ def test_one_step_replayed_is_one_step_called(method, name, changes, machine):
     drawn = stage.draw() if stage.draw else {}
     stage.draw = (lambda: drawn) if drawn else None
     for _ in range(6):
-        for size in (32, 20): step(*stage.view.plan(order[:size], rng), .02)
+        for size in (32, 20): step(load(stage, order[:size], rng), .02)
     assert len(step.steps) == 2 and all(r.graph is not None for r in step.steps.values())           # both were recorded
     if cuda: assert [g.replays for g in cuda.graphs] == [3, 3]
     for size in (32, 20):
-        plan, lam = stage.view.plan(order[-size:], rng)
+        loaded = load(stage, order[-size:], rng)
         before = [t.clone() for t in memory(stage, optimizer)]
-        loss = step(plan, lam, .01).item()
+        loss = step(loaded, .01).item()
         replayed = [t.clone() for t in memory(stage, optimizer)]
         for t, b in zip(memory(stage, optimizer), before): t.copy_(b)
         for g in optimizer.param_groups: g['lr'] = .01*g['lr_factor']
-        batch = stage.view.apply(plan.to(device), lam.to(device)) | {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in drawn.items()}
+        batch = stage.view.apply(loaded) | {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in drawn.items()}
         if stage.before_step: batch = stage.before_step(batch, .01)
         called = stage.update(batch, optimizer, compute)
         assert loss == pytest.approx(called.item(), rel=1e-4) and any(not torch.equal(a, b) for a, b in zip(before, replayed))
         for a, b in zip(replayed, memory(stage, optimizer)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
-    if cuda is None: nobody_waits(lambda: step(plan, lam, .01))
+    if cuda is None: nobody_waits(lambda: step(loaded, .01))
     step.release()
     assert not step.steps and all(p.grad is None for p in stage.network.parameters())
-    for _ in range(5): step(*stage.view.plan(order[:32], rng), .01)                # records anew, in another memory
+    for _ in range(5): step(load(stage, order[:32], rng), .01)                # records anew, in another memory
     assert len(step.steps) == 1 and all(r.graph is not None for r in step.steps.values())
 
 
@@ -98,7 +101,7 @@ def test_a_pack_is_its_runs(machine):
     def trained(seed, n, pack=None):
         stage, compute = stage_of('mislas', 'stage1', device, seed=seed)
         step, rng, order = CapturedStep(stage, stage.optimizer(), replace(compute, pack=pack), cuda if pack is None else None), np.random.default_rng(seed), stage.sampler.epoch()
-        for _ in range(n): step(*stage.view.plan(order[:32], rng), .02)
+        for _ in range(n): step(load(stage, order[:32], rng), .02)
         return [t.clone() for t in stage.network.state_dict().values()]
     pack = Pack(2, torch.device('cuda:0'), **(dict(cuda=cuda) if cuda else {}))
     packed = together([lambda s=s: trained(s, 9 + s, pack) for s in (0, 1)], pack)

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from ltbook.data.checks import UserError
 from ltbook.data.shift import RATIOS, dirichlet_shift, ratio_shift, ratio_shifts, reference_shifts
 from ltbook.data.stores import ImageSet
-from ltbook.data.views import JITTERS, RandomViews, blur, grey
+from ltbook.data.augment import JITTERS, blur, grey
+from ltbook.data.views import FixedViews, RandomViews
 from ltbook.losses.experts import sade_adjustment, skill_diverse_loss
 from ltbook.measure.aggregation import learn_weights, mix
 from ltbook.measure.label_shift import estimate_prior, replace_prior
@@ -102,9 +103,9 @@ def test_colours_as_torchvision():
 def test_views_image_by_image():
     "Order of the jitter, greyscale and blur as drawn, with torchvision's functions on single images"
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (30, 3, 12, 12), dtype=np.uint8))
-    views = RandomViews(ImageSet(images, torch.zeros(30, dtype=torch.int64), ('a',)), (0.,)*3, (1.,)*3, 2, True)
-    d = views.draw(np.random.default_rng(3))
-    got = views(np.arange(30), d)
+    data = ImageSet(images.permute(0, 2, 3, 1), torch.zeros(30, dtype=torch.int64), ('a',))
+    views = FixedViews(RandomViews(data, 2, True), np.random.default_rng(3))
+    d, got = views.drawn, views(np.arange(30))['x']
     ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
     for i in range(30):
         top, left = d['offset'][i].tolist()
@@ -116,7 +117,7 @@ def test_views_image_by_image():
         if d['blur'][i]: x = blur(x[None], d['sigma'][i:i + 1])[0]
         assert (got[i] - x).abs().max() < .51/255 + 2e-4, i
     some = np.array([4, 17, 4])
-    assert torch.allclose(views(some, d), got[some], atol=1e-6)
+    assert torch.allclose(views(some)['x'], got[some], atol=1e-6)
     assert {k: bool(v.any()) for k, v in d.items() if v.dtype == torch.bool} == dict(flip=True, jitter=True, grey=True, blur=True)
 
 

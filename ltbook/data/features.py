@@ -189,4 +189,4 @@ def load_feature_data(
     "Feature files in the place of an image data set. Raises `UserError` where they are missing or faulty."
     files = find_features(folder)
     if not files: raise UserError(f'{folder} has no feature_train.h5 with feature_test.h5 (or feature_val.h5): put them there, or write them with `ltbook features RUN`.')
-    return ImageData(name, *read_features(*files), mean=(), std=(), pad=0, flip=False, imbalance=None, source=f'feature files {files[0].name}, {files[1].name}')
+    return ImageData(name, *read_features(*files), pad=0, flip=False, imbalance=None, source=f'feature files {files[0].name}, {files[1].name}')

@@ -22,12 +22,18 @@ class ImageData:
     name: str  # as given to `load_images`
     train: ImageSet  # all training images, before a long tail is cut
     test: ImageSet  # all test images
-    mean: tuple[float, ...]  # of each channel, in [0, 1]
-    std: tuple[float, ...]  # of each channel, in [0, 1]
     pad: int  # pixels that a random crop may shift by
     flip: bool  # whether to mirror at random
     imbalance: float | None  # usual imbalance factor; None: the data are used as they are
     source: str  # where the images came from
+    @property
+    def mean(self) -> tuple[float, ...]:
+        "Of each channel, in [0, 1]; empty for features."
+        return getattr(self.train, 'mean', ())
+    @property
+    def std(self) -> tuple[float, ...]:
+        "Of each channel, in [0, 1]; empty for features."
+        return getattr(self.train, 'std', ())
     def to(self, device) -> 'ImageData': return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 # %% ../../nbs/data/03_images.ipynb #a449f329
@@ -63,7 +69,7 @@ def _digits() -> tuple[ImageSet, ImageSet]:
         where = np.flatnonzero(d.target == k)
         rng.shuffle(where)
         held[where[:50]] = True
-    images = torch.from_numpy(np.round(d.images * 255 / 16).astype(np.uint8))[:, None]
+    images = torch.from_numpy(np.round(d.images * 255 / 16).astype(np.uint8))[..., None]
     data = ImageSet(images, torch.from_numpy(d.target.astype(np.int64)), tuple('0123456789'))
     return data.subset(np.flatnonzero(~held)), data.subset(np.flatnonzero(held))
 
@@ -76,8 +82,7 @@ def _download_cifar(name, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{name}-') as tmp:
             raw = [fetch(tmp, train=train, download=True) for train in (True, False)]
-            images = [torch.from_numpy(r.data).permute(0, 3, 1, 2) for r in raw]
-            parts = [ImageSet(x, torch.tensor(r.targets), tuple(r.classes)) for x, r in zip(images, raw)]
+            parts = [ImageSet(torch.from_numpy(r.data), torch.tensor(r.targets), tuple(r.classes)) for r in raw]
             write_h5(path, *parts, source='official archive by torchvision, original order')
     except (OSError, RuntimeError) as e:
         hint = f'put {path.name} into {path.parent}, or set LTBOOK_DATA to the folder that holds it'
@@ -86,7 +91,7 @@ def _download_cifar(name, path):
 def _moments(images):
     "Mean and standard deviation of each channel, in [0, 1], from exact byte counts"
     v = np.arange(256) / 255
-    shares = [torch.bincount(c.flatten(), minlength=256).numpy() / c.numel() for c in images.unbind(1)]
+    shares = [torch.bincount(c.flatten(), minlength=256).numpy() / c.numel() for c in images.unbind(-1)]
     mean = tuple(float(p @ v) for p in shares)
     return mean, tuple(float(np.sqrt(p @ (v - m) ** 2)) or 1. for p, m in zip(shares, mean))
 
@@ -106,6 +111,8 @@ def load_images(
     known = dict(DATASETS.get(name) or _own(train, attrs))
     if train.n_classes != known.pop('n_classes', train.n_classes):
         raise UserError(f'{path} has {train.n_classes} classes and is not {name}; rename it.')
+    moments = {k: known.pop(k) for k in ('mean', 'std')}
+    train, test = (replace(p, **moments).knowing(p.rows) for p in (train, test))
     return ImageData(name, train, test, **known, source=str(attrs.get('source', f'{name}.h5')))
 
 def copies_in(
@@ -128,6 +135,6 @@ def _own(train, attrs):
     "Constants of a file of one's own: its attributes, or what the training part says"
     own = {k: tuple(float(v) for v in np.atleast_1d(attrs[k])) for k in ('mean', 'std') if k in attrs}
     if len(own) < 2: own = dict(zip(('mean', 'std'), _moments(train.images)))
-    if any(len(v) != train.images.shape[1] for v in own.values()):
+    if any(len(v) != train.shape[-1] for v in own.values()):
         raise UserError('The attributes mean and std of the file need one number for each channel.')
-    return dict(own, pad=int(attrs.get('pad', train.images.shape[-1] // 8)), flip=bool(attrs.get('flip', False)), imbalance=None)
+    return dict(own, pad=int(attrs.get('pad', min(train.shape[:2]) // 8)), flip=bool(attrs.get('flip', False)), imbalance=None)

@@ -8,6 +8,7 @@ __all__ = ['NAMES', 'held_out_counts', 'hold_out', 'reserve', 'class_splits', 'o
 # %% ../../nbs/data/07_parts.ipynb #47404cb0
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 import numpy as np
 import torch
 from .checks import UserError, one_of
@@ -143,4 +144,5 @@ def expert_part(
     part = data.subset(np.concatenate([own, foreign]))
     number = torch.full((data.n_classes,), len(classes), device=data.labels.device)
     number[torch.as_tensor(classes, device=number.device)] = torch.arange(len(classes), device=number.device)
-    return ImageSet(part.images, number[part.labels], tuple(data.classes[k] for k in classes) + ('other',))
+    names = (*(data.classes[k] for k in classes), 'other')
+    return replace(part, labels=number[part.labels], classes=names)

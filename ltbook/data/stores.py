@@ -21,18 +21,26 @@ from .fingerprint import file_stamp, kept_rows, row_hashes, set_hash
 # %% ../../nbs/data/02_stores.ipynb #25ac2418
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    "Images, labels and class names; `UserError` if they do not fit together."
-    images: Tensor  # uint8 (N, C, S, S)
+    "Images, labels, class names and the constants of the channels; `UserError` if they do not fit together."
+    store: Tensor  # uint8 (M, H, W, C), in memory or mapped from a file
     labels: Tensor  # int64 (N,), 0..K-1
     classes: tuple[str, ...]  # K names in label order
+    at: Tensor | None = None  # int64 (N,), rows of the store that are the images of this set; None: all, in order
+    mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]; None: 0
+    std: tuple[float, ...] | None = None  # of each channel, in [0, 1]; None: 1
     def __post_init__(self):
-        x, y = self.images, self.labels
+        x, y = self.store, self.labels
         if x.dtype != torch.uint8 or x.ndim != 4:
             raise UserError(f'images must be uint8 with 4 axes, not {x.dtype} with shape {tuple(x.shape)}.')
-        if x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3]:
-            raise UserError(f'images must be square with 1 or 3 channels, not {x.shape[2]} x {x.shape[3]} with {x.shape[1]} channels.')
-        if y.dtype != torch.int64 or y.ndim != 1: raise UserError(f'labels must be int64 with 1 axis, not {y.dtype} with shape {tuple(y.shape)}.')
-        if len(x) != len(y): raise UserError(f'{len(x)} images but {len(y)} labels: every image needs one label.')
+        if x.shape[3] not in (1, 3):
+            raise UserError(f'images must have 1 or 3 channels, stored last, not {x.shape[3]}; their shape is {tuple(x.shape)}.')
+        for k, usual in (('mean', 0.), ('std', 1.)):
+            if getattr(self, k) is None: object.__setattr__(self, k, (usual,)*x.shape[3])
+            if len(getattr(self, k)) != x.shape[3]: raise UserError(f'{k} needs one number for each of {x.shape[3]} channels.')
+        if y.dtype != torch.int64 or y.ndim != 1:
+            raise UserError(f'labels must be int64 with 1 axis, not {y.dtype} with shape {tuple(y.shape)}.')
+        n = len(x) if self.at is None else len(self.at)
+        if n != len(y): raise UserError(f'{n} images but {len(y)} labels: every image needs one label.')
         if len(y) and not (0 <= int(y.min()) and int(y.max()) < len(self.classes)):
             raise UserError(f'labels must lie in 0..{len(self.classes) - 1}, but go from {int(y.min())} to {int(y.max())}.')
     def __len__(self): return len(self.labels)
@@ -40,30 +48,38 @@ class ImageSet:
     def n_classes(self) -> int: return len(self.classes)
     @property
     def counts(self) -> np.ndarray: return np.bincount(self.labels.cpu().numpy(), minlength=self.n_classes)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        "Height, width and channels of an image."
+        return tuple(self.store.shape[1:])
+    @property
+    def images(self) -> Tensor:
+        "All images, uint8 (N, H, W, C); a copy where the set is a part of its store."
+        return self.store if self.at is None else self.store[self.at]
+    def gather(self, index: Tensor) -> Tensor:
+        "The images at positions int64 (B,) on the set's device: uint8 (B, H, W, C)."
+        return self.store.index_select(0, index if self.at is None else self.at[index])
     def subset(self, indices) -> 'ImageSet':
-        "The images at `indices` (array or tensor of positions), in that order."
+        "The images at `indices` (array or tensor of positions), in that order. No image is copied."
         i = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device=self.labels.device)
-        part = replace(self, images=self.images.permute(0, 2, 3, 1)[i].permute(0, 3, 1, 2), labels=self.labels[i])
+        part = replace(self, at=i if self.at is None else self.at[i], labels=self.labels[i])
         return part.knowing(self.rows[i.cpu().numpy()]) if 'rows' in vars(self) else part
     def to(self, device) -> 'ImageSet':
-        "The same on another device."
-        moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        "The same on another device, which gets the images of this set and not the whole store."
+        if torch.device(device) == self.store.device: return self
+        moved = replace(self, store=self.images.to(device), at=None, labels=self.labels.to(device))
         return moved.knowing(self.rows) if 'rows' in vars(self) else moved
     def knowing(self, rows: np.ndarray) -> 'ImageSet':
         "The same set, with the hashes of its images put in, so that they need not be made."
         vars(self)['rows'] = rows
         return self
-    @property
-    def pixels(self) -> np.ndarray:
-        "The images as they are stored: (N, H, W, C)."
-        return self.images.permute(0, 2, 3, 1).cpu().numpy()
     @cached_property
     def rows(self) -> np.ndarray:
         "SHA-256 of every image: uint8 (N, 32)."
-        return row_hashes(self.pixels)
+        return row_hashes(self.images.cpu().numpy())
     def sha256(self) -> str:
         "Fingerprint of pixels, labels and class names."
-        return set_hash(self.rows, self.labels.cpu().numpy(), self.classes, self.pixels.shape[1:], 'uint8')
+        return set_hash(self.rows, self.labels.cpu().numpy(), self.classes, self.shape, 'uint8')
 
 # %% ../../nbs/data/02_stores.ipynb #a373c0a1
 def write_h5(
@@ -91,7 +107,7 @@ def _fill(path: Path, train: ImageSet, test: ImageSet, attrs: dict) -> None:
         f.attrs['classes'] = list(train.classes)
         for k, v in attrs.items(): f.attrs[k] = v
         for name, data in (('train', train), ('test', test)):
-            f[f'{name}/images'] = data.pixels
+            f[f'{name}/images'] = data.images.cpu().numpy()
             f[f'{name}/labels'] = data.labels.cpu().numpy()
 
 # %% ../../nbs/data/02_stores.ipynb #6c67102b
@@ -108,14 +124,19 @@ def read_h5(
             classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in np.atleast_1d(f.attrs['classes']))
             parts = [_part(f, name, classes, path) for name in ('train', 'test')]
             attrs = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in f.attrs.items() if k != 'classes'}
-    except (OSError, KeyError, RuntimeError) as e:
+    except (OSError, KeyError, RuntimeError, ValueError) as e:
         raise UserError(f'{path} cannot be read ({e}); it is damaged or cut short, so write or download it again.') from e
     if (parts[0].counts == 0).any():
         raise UserError(f'{path}: class {classes[parts[0].counts.argmin()]!r} has no training images; add some or drop the class.')
-    if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
+    if parts[0].shape != parts[1].shape:
         raise UserError(f'{path}: train and test images differ in shape; resize one part.')
-    rows = kept_rows(path, {k: p.pixels for k, p in zip(('train', 'test'), parts)}, stamp)
+    rows = kept_rows(path, {k: p.images.numpy() for k, p in zip(('train', 'test'), parts)}, stamp)
     return *(p.knowing(rows[k]) for k, p in zip(('train', 'test'), parts)), attrs
+
+def _mapped(d: h5py.Dataset, path: Path) -> np.ndarray:
+    "The array of a data set: mapped where it lies in the file in one piece, else read."
+    offset = None if d.chunks or d.external or d.is_virtual else d.id.get_offset()
+    return d[()] if offset is None else np.memmap(path, d.dtype, 'c', offset, d.shape)      # c: nothing is ever written
 
 def _part(f, name, classes, path):
     "One part of an open file as an `ImageSet`"
@@ -127,8 +148,8 @@ def _part(f, name, classes, path):
         if d.dtype != dtype or d.ndim != ndim:
             raise UserError(f'{path}: {key} must be {np.dtype(dtype).name} with {ndim} axes, not {d.dtype} with shape {d.shape}; convert it.')
         if not len(d): raise UserError(f'{path}: {key} is empty; add images.')
-        arrays.append(torch.from_numpy(d[()]))
-    try: return ImageSet(arrays[0].permute(0, 3, 1, 2), arrays[1], classes)
+        arrays.append(torch.from_numpy(_mapped(d, path) if ndim == 4 else d[()]))
+    try: return ImageSet(*arrays, classes)
     except UserError as e: raise UserError(f'{path}, {name} part: {e} Correct the file.') from e
 
 # %% ../../nbs/data/02_stores.ipynb #396a02aa
@@ -154,7 +175,7 @@ def _load(files, classes, size):
                 with Image.open(p) as im: images.append(np.asarray(ImageOps.fit(im.convert('RGB'), (size, size))))
             except OSError as e: raise UserError(f'{p} cannot be read as a picture ({e}); repair or remove it.') from e
             labels.append(k)
-    return ImageSet(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels), tuple(classes))
+    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels), tuple(classes))
 
 # %% ../../nbs/data/02_stores.ipynb #0ca8b005
 def import_folder(

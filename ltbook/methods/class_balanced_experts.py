@@ -13,7 +13,7 @@ import copy, warnings
 from typing import Literal
 import numpy as np, torch
 from torch import Tensor, nn
-from ..data.augment import PlainView, TrainView
+from ..data.views import PlainView
 from ..data.checks import UserError
 from ..data.images import ImageData
 from ..data.parts import class_splits, expert_part, expert_positions, held_out_counts, hold_out, reserve
@@ -138,7 +138,7 @@ def keep_best(
     patience: int | None,  # epochs without a better one; None never stops
 ) -> Stage:  # the same
     "Keep the epoch with the best accuracy on `part`, and stop after `patience` epochs without a better one."
-    view = PlainView(part, context.info.mean, context.info.std)
+    view = PlainView(part)
     def accuracy(): return (predict(stage.network, view, len(part))['logits'].argmax(1) == part.labels.cpu()).double().mean().item()
     best = KeepBest(stage.network, accuracy, patience)
     stage.state, stage.after_epoch, stage.stop, stage.at_end = dict(best=best), best.look, best.stop, best.put_back
@@ -179,10 +179,10 @@ def expert(
     s, r, i = context.settings, context.recipe, number - 1
     ids = expert_classes(r, context.tail.counts)[i]
     if ids is None: return None
-    part, info, length = expert_part(context.train, ids, s.ratios[i], r.data_seed), context.info, s.expert_epochs[i]
+    part, length = expert_part(context.train, ids, s.ratios[i], r.data_seed), s.expert_epochs[i]
     net = train_only(expert_network(context, len(ids), number), s.learnable[i])
     stage = Stage(f'expert{number}', net, InstanceBalanced(part.labels.cpu(), seed=r.seed + number),
-                  TrainView(part, info.mean, info.std, info.pad, info.flip),
+                  context.view(part),
                   lambda z, b: mixed_cross_entropy(z, b['y']), lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr), epochs=length,
                   batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
                   weight_decay=s.expert_weight_decay,

@@ -82,11 +82,16 @@ class DifficultyWeigher(ClassWeigher):
         index, self.order = self.order[:n], self.order[n:]
         return dict(meta=torch.as_tensor(index, dtype=torch.int64))
 
+    def balanced(self, index: Tensor) -> dict[str, Tensor]:
+        "The images at these positions (n,) on the device, as they are, with labels."
+        data = self.view.data
+        return self.view.apply(dict(pixels=data.gather(index), y=data.labels[index]))
+
     def before_step(self, batch: dict, lr: float | Tensor) -> dict:
         "One step of the difficulty network; then the weights it gives. The batch has what was drawn."
         s, look = self.settings, None
         if s.meta_grad == 'exact':
-            look = lambda w: meta_gradient(self.context.network, batch, self.view(batch['meta']), w, lr, self.loss, dtype=self.dtype)
+            look = lambda w: meta_gradient(self.context.network, batch, self.balanced(batch['meta']), w, lr, self.loss, dtype=self.dtype)
         pull, push, driver, m = gradients(self.g, self.accuracies, s.driver_weight, s.target, look)
         for p, a, b in zip(self.g.parameters(), pull, push): p.grad = a + b
         self.optimizer.step()

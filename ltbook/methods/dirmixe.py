@@ -19,7 +19,7 @@ from ..losses.dirichlet import DirichletPool, component_means, dirmixe_loss
 from .fast import fast_rows
 from .method import Context, Method, Published, get_method, register
 from .sade import ExpertSettings, expert_network, expert_stage
-from ..train.bench import MEAN, STD, noise_images, stage_step, take_turns
+from ..train.bench import noise_images, stage_step, take_turns
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/57_dirmixe.ipynb #939a0036
@@ -89,7 +89,7 @@ def step_rates(
 ) -> list[dict]:  # rows with name, unit, median, min, max, ratio: how many plain steps one step costs
     "Images a second of whole training steps, batch 128, on the CPU in fp32."
     data, steps = noise_images(100 if seconds < 1 else 10_847), {}
-    info = ImageData('noise', data, data, MEAN, STD, 4, True, None, 'noise')
+    info = ImageData('noise', data, data, 4, True, None, 'noise')
     for name in names:
         m = get_method(name)
         r = SimpleNamespace(seed=0, epochs=200, batch_size=min(128, len(data)//4), lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4, schedule='step', max_steps=None, first_side=None,

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import numpy as np, torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from ..data.augment import PlainView
 from ..data.checks import UserError, one_of
 from ..data.images import ImageData, load_images
 from ..data.meta_set import held_out
 from ..data.profile import LongTail, long_tail
 from ..data.stores import ImageSet
+from ..data.views import Augmentation, PlainView, TrainView
 from ..models.resnet_cifar import ResNet32
 from ..train.compute import Compute
 from ..train.stage import Stage
@@ -77,7 +77,12 @@ class Context:
 
     def plain(self, part: str) -> PlainView:
         "View of a part without augmentation."
-        return PlainView(self.parts[part], self.info.mean, self.info.std)
+        return PlainView(self.parts[part])
+
+    def view(self, part: str | ImageSet = 'train', **changes) -> TrainView:
+        "Augmented view of a part, or of a set made of one; `changes` of the usual `Augmentation`. Raises `UserError` as `TrainView`."
+        data = self.parts[part] if isinstance(part, str) else part
+        return TrainView(data, Augmentation(**dict(pad=self.info.pad, flip=self.info.flip) | changes))
 
 # %% ../../nbs/methods/50_method.ipynb #dd34586e
 def standard_data(
@@ -105,7 +110,7 @@ def standard_network(
     "ResNet-32 with the head the recipe names."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.recipe.seed)
-        return ResNet32(context.n_classes, context.train.images.shape[1], context.recipe.head)
+        return ResNet32(context.n_classes, context.train.shape[2], context.recipe.head)
 
 # %% ../../nbs/methods/50_method.ipynb #bde7ea06
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np, torch
 from pydantic import Field
 from torch import Tensor
-from ..data.augment import TrainView
+from ..data.views import TrainView
 from ..data.checks import UserError
 from ..data.images import ImageData
 from ..data.meta_set import MetaTail, halves, meta_tail
@@ -68,8 +68,8 @@ def strong_view(
     context: Context,  # data, its normalisation and settings
 ) -> TrainView:  # of the train part
     "Double-padded crop, mirror, AutoAugment, Cutout, as far as the settings want them."
-    i, s = context.info, context.settings
-    return TrainView(context.train, i.mean, i.std, i.pad, i.flip, cutout_side=s.cutout_side, pad_mode=s.pad_mode, auto_augment=s.auto_augment)
+    s = context.settings
+    return context.view(cutout_side=s.cutout_side, pad_mode=s.pad_mode, auto_augment=s.auto_augment)
 
 # %% ../../nbs/methods/591_reweighting.ipynb #4ec3fd56
 class Lot:

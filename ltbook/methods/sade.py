@@ -11,7 +11,6 @@ from dataclasses import replace
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from ..data.augment import TrainView
 from ..data.checks import UserError
 from ..losses.experts import ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
 from ..losses.reweighting import class_balanced_weights
@@ -36,15 +35,14 @@ def expert_network(
     r = context.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
-        return ExpertResNet32(context.n_classes, context.train.images.shape[1], r.head, r.settings.n_experts, r.settings.reduced)
+        return ExpertResNet32(context.n_classes, context.train.shape[2], r.head, r.settings.n_experts, r.settings.reduced)
 
 def expert_stage(
     context: Context,  # with a network of experts
     loss: Callable[[dict, dict], Tensor],  # (answer of the network, batch) -> scalar
 ) -> Stage:  # over the whole network
     "Instance-balanced training of all experts under the recipe's optimiser and schedule."
-    i, s = context.info, context.settings
-    view = TrainView(context.train, i.mean, i.std, i.pad, i.flip, rotation=s.rotation)
+    view = context.view(rotation=context.settings.rotation)
     return replace(representation_stage(context, loss, view=view), predict=lambda network, x: network(x))
 
 # %% ../../nbs/methods/56_sade.ipynb #6a7043e7

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from ..data.augment import TrainView
+from ..data.views import TrainView
 from ..data.checks import UserError
 from ..data.sampling import ClassAwareSampler, InstanceBalanced
 from ..losses.cross_entropy import mixed_cross_entropy
@@ -24,8 +24,7 @@ def train_view(
     mixup_alpha: float = 0.0,  # of Beta(alpha, alpha); 0 doesn't mix
 ) -> TrainView:  # of the train part
     "The data set's usual augmentation."
-    i = context.info
-    return TrainView(context.train, i.mean, i.std, i.pad, i.flip, mixup_alpha=mixup_alpha)
+    return context.view(mixup_alpha=mixup_alpha)
 
 # %% ../../nbs/methods/51_stages.ipynb #d39d0b4d
 def representation_stage(

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 import numpy as np, torch
-from ..data.augment import PlainView
+from ..data.views import PlainView
 from ..data.checks import UserError, one_of
 from ..losses.cross_entropy import mixed_cross_entropy
 from ..measure.report import measures
@@ -26,7 +26,7 @@ from .folder import find_outputs
 from .environment import git_state
 from ..train.processes import cores
 from .time_to_accuracy import time_row
-from ..train.bench import MEAN, STD, noise_images, rate, take_turns
+from ..train.bench import noise_images, rate, take_turns
 from ..train.files import write_atomic, write_json
 from ..train.loop import predict
 
@@ -60,7 +60,7 @@ def by_images(
     out, net = [], ResNet32(100).to(memory_format=torch.channels_last)
     for n in (1000, 4000, 16_000):
         n = n if seconds >= 2 else n//20
-        view = PlainView(noise_images(n), MEAN, STD)
+        view = PlainView(noise_images(n))
         out.append(dict(at=n, unit='s', value=n/rate(lambda: len(predict(net, view, n)['logits']), 0)))
     return out
 
@@ -85,7 +85,7 @@ def by_experts(
     "Milliseconds of a training step, batch 128, cross-entropy of every expert; fp32."
     size, steps = 128 if seconds >= 1 else 16, {}
     data = noise_images(size)
-    batch = PlainView(data, MEAN, STD)(np.arange(size))
+    batch = PlainView(data)(np.arange(size))
     for k in (1, 2, 3, 5):
         net = ExpertResNet32(100, n_experts=k).to(memory_format=torch.channels_last).train()
         def step(net=net, optimizer=torch.optim.SGD(net.parameters(), 0.01, 0.9)) -> int:

@@ -14,7 +14,7 @@ from ..data.profile import long_tail_counts
 from ..methods.method import Context, get_method, standard_network
 from .bench_training import NotRun, versus
 from .recipe import recipe
-from ..train.bench import MEAN, STD, noise_images
+from ..train.bench import noise_images
 from ..train.captured import CapturedStep
 from ..train.compute import Compute, find_device
 from ..train.loop import training_step
@@ -29,7 +29,7 @@ def noise_tail(
     "Noise with the counts of a long tail."
     counts = long_tail_counts(largest, 100, min(100, largest))
     data = replace(noise_images(int(counts.sum())), labels=torch.from_numpy(np.repeat(np.arange(100), counts))).to(device)
-    return ImageData('noise', data, data, MEAN, STD, 4, True, 100., 'noise')
+    return ImageData('noise', data, data, 4, True, 100., 'noise')
 
 def stage_seconds(
     stage: Stage,  # built on a prepared network
@@ -45,7 +45,7 @@ def stage_seconds(
     def go(n: int) -> None:
         for i in range(n):
             index = order[(at := i*batch_size % max(1, len(order) - batch_size)):at + batch_size]
-            if step: step(*stage.view.plan(index, rng), 0.01)
+            if step: step(stage.view.load(stage.view.plan(index, rng)), 0.01)
             else: training_step(stage, stage.view(index, rng), 0.01, optimizer, compute)
         if compute.device.type == 'cuda': torch.cuda.synchronize(compute.device)
     go(5 if steps > 5 else 1)

@@ -13,14 +13,14 @@ from pathlib import Path
 from statistics import median
 import numpy as np, torch
 from torch import Tensor
-from ..data.augment import PlainView, TrainView
+from ..data.views import Augmentation, PlainView, TrainView
 from ..data.auto_augment import AutoAugment
 from ..data.stores import read_h5, write_h5
 from ..measure.aggregation import agreement, learn_weights
 from ..measure.report import measures
 from ..models.resnet_cifar import ResNet32
 from .bench_training import free_memory, memory, versus
-from ..train.bench import MEAN, STD, PilDataset, noise_images, rate, take_turns
+from ..train.bench import PilDataset, noise_images, rate, take_turns
 from ..train.loop import predict
 
 # %% ../../nbs/runs/693_bench_testing.ipynb #cf05dc1d
@@ -63,7 +63,7 @@ def crop_flip_row(
 ) -> dict:  # images/s of one core
     "Crop, mirror image and normalisation of batches of 128."
     data, rng = noise_images(1280), np.random.default_rng(0)
-    pil, view, index = PilDataset(data), TrainView(data, MEAN, STD, 4, True), np.arange(128)
+    pil, view, index = PilDataset(data), TrainView(data, Augmentation(4, True)), np.arange(128)
     steps = dict(plain=lambda: len(torch.stack([pil[i][0] for i in index])), ours=lambda: len(view(index, rng)['y']))
     with one_thread(): speeds = take_turns(steps, seconds)
     return versus(speeds['plain'], speeds['ours'], baseline_is='PIL and torchvision transforms', threads=1)
@@ -77,7 +77,7 @@ def loading_row(
     with tempfile.TemporaryDirectory() as folder:
         data, place = noise_images(n), Path(folder)
         write_h5(place/'images.h5', data.subset(np.arange(n*5//6)), data.subset(np.arange(n*5//6, n)))
-        pictures = data.images[:few].permute(0, 2, 3, 1).numpy()
+        pictures = data.images[:few].numpy()
         for i, p in enumerate(pictures): Image.fromarray(p).save(place/f'{i}.png')
         def plain() -> int: return len(torch.stack([torch.from_numpy(np.array(Image.open(place/f'{i}.png').convert('RGB'))) for i in range(few)]))
         def ours() -> int: return sum(map(len, read_h5(place/'images.h5')[:2]))
@@ -93,8 +93,8 @@ def auto_augment_row(
     from torchvision import transforms as T
     n = 128
     data, rng, one, auto = noise_images(n), np.random.default_rng(0), T.AutoAugment(T.AutoAugmentPolicy.CIFAR10), AutoAugment(32)
-    pictures = [Image.fromarray(im) for im in data.images.permute(0, 2, 3, 1).numpy()]      # ready, so that PIL is not charged for them
-    steps = dict(plain=lambda: len([one(p) for p in pictures]), ours=lambda: len(auto(data.images, torch.from_numpy(auto.draw(n, rng)))))
+    pictures = [Image.fromarray(im) for im in data.images.numpy()]      # ready, so that PIL is not charged for them
+    steps = dict(plain=lambda: len([one(p) for p in pictures]), ours=lambda: len(auto(data.images.permute(0, 3, 1, 2), torch.from_numpy(auto.draw(n, rng)))))
     with one_thread(): speeds = take_turns(steps, seconds)
     return versus(speeds['plain'], speeds['ours'], baseline_is='PIL and torchvision AutoAugment', threads=1)
 
@@ -105,7 +105,7 @@ def evaluation_row(
     "Logits of 10,000 test images: `predict`, against batches of 128 from the DataLoader in the usual layout; fp32."
     n = 10_000 if seconds >= 2 else 500
     data, net = noise_images(n), ResNet32(100).eval()
-    ours, view = ResNet32(100).to(memory_format=torch.channels_last), PlainView(data, MEAN, STD)
+    ours, view = ResNet32(100).to(memory_format=torch.channels_last), PlainView(data)
     loader = torch.utils.data.DataLoader(PilDataset(data), 128)
     @torch.no_grad()
     def plain() -> int: return len(torch.cat([net(x) for x, _ in loader]))

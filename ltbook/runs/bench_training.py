@@ -19,9 +19,9 @@ from ..methods.dirmixe import step_rates
 from ..methods.dlsa import DlsaSettings, flow_stage
 from ..methods.method import Context
 from ..models.resnet_cifar import ResNet32
-from ..data.augment import PlainView
+from ..data.views import PlainView
 from ..train.bilevel import bilevel_steps
-from ..train.bench import MEAN, STD, noise_images, stage_step, take_turns, train_rates, training_loops, two_run_rates
+from ..train.bench import noise_images, stage_step, take_turns, train_rates, training_loops, two_run_rates
 from ..train.processes import child_env
 
 # %% ../../nbs/runs/690_bench_training.ipynb #29431b2b
@@ -81,7 +81,7 @@ def bilevel_row(
     "One bilevel step (128 training and 100 meta images) by one Jacobian-vector product, beside one plain step; fp32."
     n, meta = (128, 100) if seconds >= 1 else (16, 12)
     data, net = noise_images(n + meta), ResNet32(100).to(memory_format=torch.channels_last).train()
-    view = PlainView(data, MEAN, STD)
+    view = PlainView(data)
     steps = bilevel_steps(net, view(np.arange(n)), view(np.arange(n, n + meta)))
     ms = {k: [1000/r for r in v] for k, v in take_turns(steps, 0, turns=max(1, min(5, int(seconds/2))), warm=1).items()}      # one step a turn
     return versus(ms['plain'], ms['bilevel'], 'lower', baseline_is='one plain step', batch=n, meta=meta, twice_ms=median(ms['bilevel_reference']))

@@ -18,6 +18,7 @@ from ..methods.routed_heads import linear_of
 from .evaluate import trained_stages
 from .folder import Run
 from .run import make_context
+from ..train.feed import feed
 
 # %% ../../nbs/runs/69_features.ipynb #7691556e
 def trained_network(
@@ -42,9 +43,9 @@ def feature_batches(
     batch_size: int = 500,  # images at once
 ) -> Iterator[tuple[Tensor, Tensor]]:  # features (B, D) and labels (B,)
     "What enters the classifier, in the part's own order. Raises `UserError` for networks without one feature vector an image."
-    view, n = context.plain(part), len(context.parts[part])
-    for i in range(0, n, batch_size):
-        batch = view(np.arange(i, min(i + batch_size, n)))
+    view = context.plain(part)
+    for loaded in feed(view, np.arange(len(view.data)), batch_size):
+        batch = view.apply(loaded)
         x = network.features(batch['x'])
         if not isinstance(x, Tensor) or x.ndim != 2: raise UserError(f'{type(network).__name__} does not give one feature vector an image: features can be written for networks with a single backbone only.')
         yield x.float(), batch['y']

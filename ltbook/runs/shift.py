@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.checks import UserError, one_of
 from ..data.profile import shot_groups
 from ..data.shift import COMPONENTS, RATIOS, Shift, dirichlet_shift, ratio_shifts, reference_shifts
-from ..data.views import RandomViews
+from ..data.views import FixedViews, RandomViews
 from ..measure.accuracy import per_class_accuracy, shot_accuracy, top1
 from ..measure.aggregation import learn_weights, mix
 from ..measure.label_shift import estimate_prior, replace_prior
@@ -23,6 +23,7 @@ from .evaluate import trained_stages
 from .folder import Run, load_run
 from .keeping import check_data, data_at_hand, owned
 from .run import make_context
+from ..train.feed import feed
 from ..train.compute import Compute
 from ..train.files import checked, write_atomic, write_json, write_rows
 
@@ -89,14 +90,14 @@ def view_logits(
     data, info = context.parts['test'], context.info
     if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']):
         raise UserError(f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
-    views, pairs = RandomViews(data, info.mean, info.std, info.pad, info.flip), []
+    views, pairs = RandomViews(data, info.pad, info.flip), []
     compute = Compute(context.compute.device, precision)
     for epoch in range(epochs):
         sides = []
         for side in range(2):
-            drawn, parts = views.draw(np.random.default_rng([seed, epoch, side])), []
-            for index in np.array_split(needed, range(500, len(needed), 500)):
-                x = views(index, drawn)
+            fixed, parts = FixedViews(views, np.random.default_rng([seed, epoch, side])), []
+            for loaded in feed(fixed, needed, 500):
+                x = fixed.apply(loaded)['x']
                 with compute.autocast(): parts.append(network(x)['experts'].float().cpu())
             whole = torch.zeros(len(data), *parts[0].shape[1:])
             whole[needed] = torch.cat(parts)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 import numpy as np, torch
-from ..data.augment import TrainView
+from ..data.views import Augmentation, TrainView
 from ..data.sampling import InstanceBalanced
 from ..data.stores import ImageSet
 from ..losses.cross_entropy import mixed_cross_entropy
 from ..models.resnet_cifar import ResNet32
 from .processes import child_env
 from .compute import Compute, full
+from .feed import as_view
 from .loop import training_step
 
 # %% ../../nbs/train/46_bench.ipynb #eec7daee
@@ -31,17 +32,18 @@ def noise_images(
 ) -> ImageSet:  # random 32 x 32 colour images
     "Images for timing only."
     rng = np.random.default_rng(0)
-    return ImageSet(torch.from_numpy(rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)), torch.arange(n) % n_classes, tuple(map(str, range(n_classes))))
+    images = torch.from_numpy(rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8))
+    return ImageSet(images, torch.arange(n) % n_classes, tuple(map(str, range(n_classes))), mean=MEAN, std=STD)
 
 # %% ../../nbs/train/46_bench.ipynb #05edc14f
 class PilDataset(torch.utils.data.Dataset):
     "Images as PIL pictures through torchvision's per-image transforms."
     def __init__(
         self,
-        data: ImageSet,  # uint8 (N, 3, 32, 32)
+        data: ImageSet,  # uint8 (N, 32, 32, 3)
     ):
         from torchvision import transforms as T
-        self.pictures, self.labels = data.images.permute(0, 2, 3, 1).numpy(), data.labels.tolist()
+        self.pictures, self.labels = data.images.numpy(), data.labels.tolist()
         self.transform = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
     def __len__(self): return len(self.labels)
@@ -84,7 +86,8 @@ def our_batches(
     side: int | None = None,  # of the images, pixels; None is full size
 ):  # endless batches of a view
     "Batches as `TrainView` makes them."
-    view, sampler, rng = TrainView(data, MEAN, STD, 4, True, mixup_alpha=float(mixup)), InstanceBalanced(data.labels), np.random.default_rng(0)
+    view = TrainView(data, Augmentation(4, True, mixup_alpha=float(mixup)))
+    sampler, rng = InstanceBalanced(data.labels), np.random.default_rng(0)
     if side: view.side = side
     while True:
         order = sampler.epoch()
@@ -231,8 +234,9 @@ def stage_step(
     "The first batch of a stage as a loop of one step."
     stage.set_mode(stage.network)
     optimizer, rng, index, c = stage.optimizer(), np.random.default_rng(0), stage.sampler.epoch()[:stage.batch_size], Compute(precision=precision)
+    view = as_view(stage.view)
     for g in optimizer.param_groups: g['lr'] = 0.01
     def step() -> int:
-        training_step(stage, stage.view(index, rng), 0.01, optimizer, c).item()
+        training_step(stage, view.apply(view.load(view.plan(index, rng))), 0.01, optimizer, c).item()
         return len(index)
     return step

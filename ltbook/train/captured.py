@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.checks import UserError
 from .compute import Compute
+from .feed import planned
 from .stage import KeepBest, Stage
 
 # %% ../../nbs/train/401_captured_step.ipynb #b961b052
@@ -67,10 +68,9 @@ class TensorSGD:
 def can_capture(
     stage: Stage,  # any stage
 ) -> bool:  # whether its step is a function of plan, lambda, rate and network alone
-    "Views with `plan` and `apply`; and a stage that says `recordable`, or has no `before_step` and, without `draw`, no state but the best weights."
-    planned = all(callable(getattr(stage.view, k, None)) for k in ('plan', 'apply'))
+    "Views with `plan`, `load` and `apply`; and a stage that says `recordable`, or has no `before_step` and, without `draw`, no state but the best weights."
     trusted = stage.draw is not None or all(isinstance(s, KeepBest) for s in stage.state.values())
-    return planned and (stage.recordable or (stage.before_step is None and trusted))
+    return planned(stage.view) and (stage.recordable or (stage.before_step is None and trusted))
 
 # %% ../../nbs/train/401_captured_step.ipynb #22ceef3a
 class Replay:
@@ -129,32 +129,32 @@ class CapturedStep:
     ):
         if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, TensorSGD(optimizer), compute
-        self.lam, self.loss = (torch.ones((), device=compute.device) for _ in range(2))
-        self.plans, self.drawn, self.numbers, self.runs, self.steps, self.on_gpu = {}, {}, {}, {}, {}, compute.device.type == 'cuda'
+        self.loss, self.on_gpu = torch.ones((), device=compute.device), compute.device.type == 'cuda'
+        self.loaded, self.drawn, self.numbers, self.runs, self.steps = {}, {}, {}, {}, {}
         self.cuda = torch.cuda if self.on_gpu else cuda
         self.pool, self.side = (self.cuda.graph_pool_handle(), self.cuda.Stream()) if self.cuda else (None, None)
 
     def arithmetic(
         self,
-        plan: Tensor,  # int64 (rows, B), one of the buffers
+        loaded: dict[str, Tensor],  # what the view loads, in buffers
         numbers: dict | None = None,  # plain ones of `draw`, part of the batch and frozen by a recording; None takes those of the last call
     ) -> None:
         "Batch, meta step, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
         s = self.stage
-        batch = s.view.apply(plan, self.lam) | self.drawn | (self.numbers if numbers is None else numbers)
+        batch = s.view.apply(loaded) | self.drawn | (self.numbers if numbers is None else numbers)
         if s.before_step: batch = s.before_step(batch, self.sgd.rate)
         self.loss.copy_(s.update(batch, self.sgd, self.compute))
 
-    def _prepared(self, plan: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        "Where plans of this size lie, and the step that reads them; made when the size of the batch, that of its images, or a plain number is new."
-        size, numbers = plan.shape[1], dict(self.numbers)
+    def _prepared(self, loaded: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        "Where batches of these shapes lie, and the step that reads them; made when a shape, the side of the images, or a plain number is new."
+        size, numbers = tuple((k, tuple(v.shape)) for k, v in loaded.items()), dict(self.numbers)
         key = size, getattr(self.stage.view, 'side', None), *sorted(numbers.items())
-        if size not in self.plans: self.plans[size] = torch.empty_like(plan, device=self.compute.device)
+        if size not in self.loaded: self.loaded[size] = {k: torch.empty_like(v, device=self.compute.device) for k, v in loaded.items()}
         if key not in self.steps:
-            run = self.runs[key] = lambda: self.arithmetic(self.plans[size], numbers)
+            run = self.runs[key] = lambda: self.arithmetic(self.loaded[size], numbers)
             together = self.compute.pack
             self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool, cuda=self.cuda, side=self.side) if self.cuda else run
-        return self.plans[size], self.steps[key]
+        return self.loaded[size], self.steps[key]
 
     def release(self) -> None:
         "Let go of the graphs and of the network's gradients, which lie in their memory; the next step begins anew, in a memory of its own."
@@ -165,8 +165,7 @@ class CapturedStep:
 
     def __call__(
         self,
-        plan: Tensor,  # int64 (rows, B), from the view, on the CPU
-        lam: Tensor,  # float (), likewise
+        loaded: dict[str, Tensor],  # what the view loads
         lr: float,  # of groups with factor 1
     ) -> Tensor:  # the loss (), on the device; the next call overwrites it
         "One step."
@@ -176,9 +175,8 @@ class CapturedStep:
         for k in drawn.keys() - self.numbers.keys():
             if k not in self.drawn: self.drawn[k] = torch.empty_like(drawn[k], device=self.compute.device)
             self.drawn[k].copy_(send(drawn[k]), non_blocking=True)
-        buffer, step = self._prepared(plan)
-        buffer.copy_(send(plan), non_blocking=True)
-        self.lam.copy_(send(lam), non_blocking=True)
+        buffers, step = self._prepared(loaded)
+        for k, v in loaded.items(): buffers[k].copy_(v, non_blocking=True)
         self.sgd.set_lr(lr)
         step()
         return self.loss

@@ -16,6 +16,7 @@ import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
 from .captured import CapturedStep, captured_step
 from .compute import Compute, full
+from .feed import as_view, feed
 from .files import Damaged, load_state, read_rows, save_state, save_weights, write_rows
 from .stage import Stage
 
@@ -57,7 +58,7 @@ def train_epoch(
     rng: np.random.Generator,  # of the views
     compute: Compute,  # device and precision
     on_step: Callable[[int, float], None] | None = None,  # called now and then with (images done, mean loss so far)
-    step: CapturedStep | None = None,  # does a whole step, from a plan of the view; None does it here
+    step: CapturedStep | None = None,  # does a whole step, from what the view loads; None does it here
 ) -> tuple[float, int]:  # mean loss of the batches, images seen
     "Train one epoch in place. Raises `NonFiniteLoss`."
     stage.set_mode(stage.network)
@@ -67,11 +68,11 @@ def train_epoch(
     order, size, n = stage.sampler.epoch(), stage.batch_size, stage.n_batches
     losses, images = torch.zeros(n, device=compute.device), 0
     look = 1 if compute.device.type == 'cpu' else 50
-    for i in range(n):
-        index = order[i*size:(i + 1)*size]
+    view = as_view(stage.view)
+    for i, loaded in enumerate(feed(view, order, size, rng, n)):
         if compute.pack: compute.pack.check()
-        loss = step(*stage.view.plan(index, rng), lr) if step else training_step(stage, stage.view(index, rng), lr, optimizer, compute)
-        losses[i], images = loss, images + len(index)
+        loss = step(loaded, lr) if step else training_step(stage, view.apply(loaded), lr, optimizer, compute)
+        losses[i], images = loss, images + len(order[i*size:(i + 1)*size])
         if (i + 1) % look == 0 or i == n - 1:
             check_finite(losses[:i + 1], stage.name, epoch, lr)
             if on_step: on_step(images, losses[:i + 1].mean().item())
@@ -88,7 +89,7 @@ def full_fp32() -> Iterator[None]:
 @torch.inference_mode()
 def predict(
     network: nn.Module,  # put into eval mode for the time of the call
-    view: Callable[[np.ndarray], dict],  # indices -> batch, without augmentation
+    view,  # of the set, without augmentation: see `as_view`
     n: int,  # samples
     outputs: Callable[[nn.Module, Tensor], dict] = lambda net, x: dict(logits=net(x)),  # (network, x) -> named tensors (B, ...)
     batch_size: int = 500,  # samples at once
@@ -96,7 +97,8 @@ def predict(
     "Run a network over a whole set without augmentation and collect what it returns."
     modes = {m: m.training for m in network.modules()}
     network.eval()
-    with full_fp32(): parts = [outputs(network, view(np.arange(i, min(i + batch_size, n)))['x']) for i in range(0, n, batch_size)]
+    view = as_view(view)
+    with full_fp32(): parts = [outputs(network, view.apply(b)['x']) for b in feed(view, np.arange(n), batch_size)]
     for m, mode in modes.items(): m.training = mode
     return {k: full(torch.cat([p[k] for p in parts])).cpu() for k in parts[0]}
 

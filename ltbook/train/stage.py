@@ -31,7 +31,7 @@ class Stage:
     name: str  # 'stage1', 'stage2', 'many', ...; names files and rows of the history
     network: nn.Module  # what is trained, evaluated and saved
     sampler: Sampler  # gives the indices of an epoch
-    view: Callable[[np.ndarray, np.random.Generator], dict]  # indices -> batch
+    view: object  # positions -> batch: with `plan`, `load` and `apply`, or a function (index, rng) -> batch
     loss: Callable[[object, dict], Tensor]  # (what `forward` returned, in fp32; batch) -> scalar
     lr: Callable[[int], float]  # epoch from 0 -> learning rate
     epochs: int  # 0 for a stage that only rearranges (tau-normalisation)

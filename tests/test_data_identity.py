@@ -28,7 +28,7 @@ def store(root, pixels=0, labels=0, classes='abc', name='mine', std=(.25, .25, .
     "A small data set; another number is another set of the same form"
     def part(n, seed):
         y = torch.arange(3).repeat(n)
-        x = torch.from_numpy(np.random.default_rng([pixels, seed]).integers(0, 256, (3*n, 3, 8, 8), dtype=np.uint8))
+        x = torch.from_numpy(np.random.default_rng([pixels, seed]).integers(0, 256, (3*n, 8, 8, 3), dtype=np.uint8))
         return ImageSet(x, y.roll(labels), tuple(classes))
     write_h5(root/f'{name}.h5', part(24, 0), part(10, 1), mean=(.5, .5, .5), std=std)
     return root
@@ -188,7 +188,7 @@ def test_committed_runs_are_read():
 def test_copies_are_told(tmp_path):
     rows = np.arange(6, dtype=np.uint8).repeat(32).reshape(6, 32)
     assert find_copies(rows[:4], np.arange(4), rows[3:], np.arange(3, 6))['test_in_train'] == 1
-    x = torch.arange(4, dtype=torch.uint8).repeat_interleave(3*16).view(4, 3, 4, 4)
+    x = torch.arange(4, dtype=torch.uint8).repeat_interleave(3*16).view(4, 4, 4, 3)
     write_h5(tmp_path/'twice.h5', ImageSet(x, torch.tensor([0, 0, 1, 1]), ('a', 'b')), ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
     out = CliRunner().invoke(app, ['doctor', 'data', 'twice', '--data-root', str(tmp_path)], env=dict(COLUMNS='200')).output
     assert '2 of the test images equal a train image' in out and '1 of the images come with more than one label' in out
@@ -225,7 +225,7 @@ def test_a_sweep_looks_at_the_data(made, other, tmp_path):
 def test_disks_that_refuse(tmp_path, monkeypatch):
     "A data set and features that can't be written are told, not thrown"
     from ltbook.data.features import write_features
-    x = ImageSet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ('a', 'b'))
+    x = ImageSet(torch.zeros(2, 4, 4, 1, dtype=torch.uint8), torch.tensor([0, 1]), ('a', 'b'))
     (tmp_path/'file').write_text('')
     with pytest.raises(UserError, match='Cannot write'): write_h5(tmp_path/'file'/'x.h5', x, x)
     with pytest.raises(UserError, match='Cannot write'): write_features(tmp_path/'file'/'x.h5', [(torch.zeros(2, 3), torch.tensor([0, 1]))])

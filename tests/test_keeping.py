@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pairs
 from ltbook.data.checks import UserError
 from ltbook.runs.cli import app
 from ltbook.runs.folder import load_run, run_id, scan_runs
-from ltbook.runs.keeping import LOCKS, PASSING, verify_files
+from ltbook.runs.keeping import LOCKS, PASSING, owned, still_owned, verify_files
 from ltbook.runs.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.train.files import write_json
@@ -256,5 +257,84 @@ def test_an_absent_manifest_is_not_made_anew(tmp_path):
 def test_a_list_that_is_gone_is_noticed(finished):
     "Without its list a new run would pass for one that is older than lists"
     (finished.path/'done.json').write_text(json.dumps(dict(run=finished.id)))
-    with pytest.raises(UserError, match='list of files'): load_run(finished.path)
+    with pytest.raises(UserError, match='lost the hash of recipe.json'): load_run(finished.path)
     assert CliRunner().invoke(app, ['verify', str(finished.path)], env=ENV).exit_code == 1
+
+
+def test_a_list_that_was_emptied_is_noticed(finished):
+    "An edited accuracy does not pass with its hash taken out"
+    file = finished.path/'done.json'
+    done = json.loads(file.read_text())
+    for files in ({}, {k: v for k, v in done['files'].items() if k != 'metrics.json'}):
+        file.write_text(json.dumps(done | dict(files=files)))
+        with pytest.raises(UserError, match='lost the hash'): load_run(finished.path)
+        assert CliRunner().invoke(app, ['verify', str(finished.path)], env=ENV).exit_code == 1
+
+
+def test_a_copy_under_another_name_is_no_second_run(finished):
+    "Neither counted twice nor shown as another seed"
+    out = finished.path.parents[2]
+    copy = finished.path.parent/finished.path.name.replace('0-', '1-')
+    shutil.copytree(finished.path, copy)
+    runs, bad = scan_runs(out)
+    assert [r.id for r in runs] == [finished.id] and 'under another name' in bad[copy]
+    with pytest.raises(UserError, match='under another name'): run(finished.recipe.model_copy(update=dict(seed=1)), out, device='cpu')
+
+
+def test_an_unfinished_copy_is_no_other_seed(tmp_path):
+    class Stop(Exception): pass
+    def stop(row): raise Stop
+    r = recipe('mixup', profile='smoke')
+    with pytest.raises(Stop): run(r, tmp_path, device='cpu', report=stop)
+    other = r.model_copy(update=dict(seed=1))
+    shutil.copytree(tmp_path/run_id(r), tmp_path/run_id(other))
+    with pytest.raises(UserError, match='another seed'): run(other, tmp_path, device='cpu')
+
+
+def test_names_are_printed_as_they_are(finished):
+    "Square brackets in a path or a reason are no markup"
+    odd = finished.path.parents[2]/'a[b]'/'c[red]'
+    (odd/'0-12345678').mkdir(parents=True)
+    (odd/'0-12345678'/'done.json').write_text('{}')
+    (odd/'0-12345678'/'recipe.json').write_text('{"method": "[/b]"}')
+    p = CliRunner().invoke(app, ['show', '--out', str(finished.path.parents[2])], env=ENV)
+    assert p.exit_code == 0 and 'a[b]/c[red]' in p.output
+
+
+def test_killed_before_a_file_got_its_name(tmp_path):
+    "The list knows a recipe and a manifest that are not there yet: the run has not begun"
+    r = recipe('mixup', profile='smoke')
+    folder = tmp_path/run_id(r)
+    folder.mkdir(parents=True)
+    write_json(folder/'files.json', {'recipe.json': '0'*64, 'manifest.json': '0'*64})
+    assert load_run(run(r, tmp_path, device='cpu')).id == run_id(r)
+
+
+def test_a_lock_without_an_owner_is_taken(tmp_path):
+    "As a cut of the power can leave it"
+    r = recipe('mixup', profile='smoke')
+    (tmp_path/run_id(r)).mkdir(parents=True)
+    lock = tmp_path/run_id(r)/'.lock'
+    lock.touch()
+    os.utime(lock, (time.time() - 120,)*2)
+    assert load_run(run(r, tmp_path, device='cpu')).id == run_id(r)
+
+
+def test_a_robbed_owner_knows_at_once(tmp_path):
+    "A process that stood still longer than its lease reads who has the folder now, before it writes"
+    with owned(tmp_path) as lock:
+        still_owned(lock)
+        text = (tmp_path/'.lock').read_text().replace(str(os.getpid()), '1')
+        (tmp_path/'.lock').write_text(text)
+        with pytest.raises(UserError, match='taken over'): still_owned(lock)
+
+
+def test_a_damaged_manifest_is_told(tmp_path):
+    class Stop(Exception): pass
+    def stop(row): raise Stop
+    r = recipe('mixup', profile='smoke')
+    with pytest.raises(Stop): run(r, tmp_path, device='cpu', report=stop)
+    (tmp_path/run_id(r)/'files.json').unlink()
+    for text in ('{}', '{"a": 1}', '{"sha256": "x", "data": [1]}'):
+        (tmp_path/run_id(r)/'manifest.json').write_text(text)
+        with pytest.raises(UserError, match='manifest.json'): run(r, tmp_path, device='cpu')

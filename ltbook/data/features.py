@@ -169,6 +169,8 @@ def read_features(
     classes = tuple(map(str, range(c)))
     xt, yt, _ = _load(Path(test), c, x.shape[1])
     parts = FeatureSet(x, y, classes, head), FeatureSet(xt, yt, classes, head)
+    a, b = (describe_features(p)['source'] for p in (train, test))
+    if a and b and a != b: raise UserError(f'{train} comes from {a!r}, but {test} from {b!r}: write both with one `ltbook features RUN`.')
     if parts[0].counts.min() < 1: raise UserError(f'{train}: class {parts[0].counts.argmin()} has no rows; give every class from 0 to {c - 1} some.')
     return parts
 

@@ -57,7 +57,7 @@ def is_here(
 ) -> bool:
     "Whether a data set can be read without a download: images or, in a folder of its name, feature files."
     root = data_root(root)
-    return name == 'digits' or (root/f'{name}.h5').is_file() or any((root/name).glob('feature*_train.h5'))
+    return name == 'digits' or (root/f'{name}.h5').is_file() or all(any((root/name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*'))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db
 def _digits() -> tuple[ImageSet, ImageSet]:

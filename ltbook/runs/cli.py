@@ -42,7 +42,7 @@ class PoliteGroup(TyperGroup):
         raise typer.Exit(code)
 
 app = typer.Typer(cls=PoliteGroup, no_args_is_help=True, add_completion=False, help='The workbook for long-tailed image recognition. Every verb takes --import MODULE, for methods of your own.', pretty_exceptions_enable=False)
-console = Console(highlight=False, force_jupyter=False)
+console = Console(highlight=False, markup=False, force_jupyter=False)
 
 # %% ../../nbs/runs/79_cli.ipynb #f81cd377
 def parse_changes(

@@ -28,7 +28,7 @@ def trained_stages(
         stage = build(context)
         if stage is None: continue
         if not (run.path/f'{name}.safetensors').exists():
-            raise UserError(f'The run {run.id} has no weights of {name} here (they are not kept in git). Make them again with: {run.env.get("command", "ltbook run")}')
+            raise UserError(f'The run {run.id} has no weights of {name} here (they are not kept in git). Make them again with: {run.again}, and name that run.')
         read_stage(stage, run.path, context.compute)
         yield name, stage
 
@@ -55,7 +55,7 @@ def evaluate(
 ) -> Run:  # the same run with new metrics; nothing is written
     "Measure a run again."
     stored = (run.path/'predictions.h5').exists() and not weights
-    if stored and root: check_data(run.id, run.data, data_at_hand(run.recipe, root))
+    if stored: check_data(run.id, run.data, data_at_hand(run.recipe, root))
     arrays = run.predictions if stored else logits_from_weights(run, root, device)
     rule, labels, counts = shot_rule or run.recipe.shot_rule, arrays['labels'], arrays['train_counts']
     metrics = {s: run.metrics[s] | measures(arrays[f'{s}/logits'], labels, counts, rule) for s in run.stages}

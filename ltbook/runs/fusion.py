@@ -10,6 +10,7 @@ __all__ = ['Logits', 'write_logits', 'read_logits', 'run_members', 'export_logit
 # %% ../../nbs/runs/68_fusion.ipynb #46a56649
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
@@ -61,10 +62,12 @@ def write_logits(
 ) -> Path:  # `path`
     "Write one member's logits, atomically."
     def write(p):
-        with h5py.File(p, 'w') as f:
+        content = BytesIO()      # a full disk is met by plain Python, which says so
+        with h5py.File(content, 'w') as f:
             f.attrs['name'], f.attrs['data'] = member.name, member.data or ''
             f['logits'], f['labels'] = member.logits.float().cpu().numpy(), member.labels.cpu().numpy()
             f['class_mask'] = np.asarray(member.class_mask, bool)
+        p.write_bytes(content.getbuffer())
     return write_atomic(Path(path), write)
 
 def read_logits(
@@ -251,7 +254,7 @@ def share_generalist(
     if other: raise UserError(f'The generalist of {start.id} was trained with another {", ".join(other)}: run without sharing.')
     source = start.path/'generalist.safetensors'
     if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: '
-                                            f'{start.env.get("command")}')
+                                            f'{start.again}')
     folder = open_folder(recipe, out)
     with owned(folder):
         if (folder/'manifest.json').exists(): raise UserError(f'The run in {folder} has begun already: it can\'t take a generalist over.')

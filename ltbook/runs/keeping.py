@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LEASE', 'PASSING', 'LOCKS', 'UNLISTED', 'fingerprints', 'data_at_hand', 'check_data', 'make_manifest',
-           'read_manifest', 'positions', 'owned', 'still_owned', 'open_list', 'close_list', 'tidy', 'remove_left',
-           'clean_finished', 'recover', 'verify_files']
+           'read_manifest', 'begun', 'positions', 'owned', 'still_owned', 'open_list', 'close_list', 'tidy',
+           'remove_left', 'clean_finished', 'recover', 'verify_files']
 
 # %% ../../nbs/runs/611_keeping.ipynb #14cce429
-import hashlib, json, os, re
+import hashlib, json, os, re, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from filelock import SoftFileLease, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ..data.checks import UserError
 from ..data.fingerprint import check_same_data
 from ..data.images import ImageData, is_here
@@ -55,14 +56,30 @@ def make_manifest(
 ) -> dict:  # JSON-able
     "Which images a run is about."
     about = context.tail.to_dict()
-    return about | dict(positions_sha256=about['sha256'], sha256=context.fingerprint['train'], data=context.fingerprint)
+    return about | dict(positions_sha256=about['sha256'], sha256=context.fingerprint.get('train'), data=context.fingerprint or None)
 
 def read_manifest(
     folder: Path,  # of a run
 ) -> dict | None:  # None where there is none yet
     "Which images a run is about, as it noted before its first step."
     file = folder/'manifest.json'
-    return read_json(file) if file.exists() or 'manifest.json' in (listing(folder) or {}) else None
+    if not file.exists() and not (begun(folder) and 'manifest.json' in (listing(folder) or {})): return None
+    found = read_json(file)
+    try: _Manifest(**found)
+    except (ValidationError, TypeError): raise Damaged(f'manifest.json in {folder} is damaged.') from None
+    return found
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra='allow', strict=True)
+    sha256: str | None
+    positions_sha256: str | None = None
+    data: dict[str, str] | None = None
+
+def begun(
+    folder: Path,  # of a run
+) -> bool:
+    "Whether something was trained or taken over in a folder."
+    return any(True for q in ('history.csv', 'training.pt', '*.safetensors') for _ in folder.glob(q))
 
 def positions(
     manifest: dict,  # of any age
@@ -80,6 +97,9 @@ def owned(
     name: str = '.lock',  # of the lock; another one is another lock
 ) -> Iterator[SoftFileLease]:  # its `compromise` is set if another process took the folder over
     "Be the only one to write into a folder; wait for an earlier owner. Raises `UserError` where nobody can write."
+    with suppress(OSError):      # without an owner in it, as a cut of the power can leave it
+        left = os.stat(folder/name)
+        if not left.st_size and time.time() - left.st_mtime > LEASE: os.unlink(folder/name)
     lock = SoftFileLease(folder/name, lease_duration=LEASE, heartbeat_interval=5.0, thread_local=False)
     try:
         try: lock.acquire(timeout=0)
@@ -97,14 +117,15 @@ def still_owned(
     lock: SoftFileLease,  # from `owned`
 ) -> None:
     "Raise `UserError` if another process has taken the folder over, as after a machine that slept."
-    if lock.compromise:
+    owner = lock.owner      # read anew: a process that stood still may have been robbed before it can know
+    if lock.compromise or not owner or owner.pid != os.getpid():
         raise UserError(f'{Path(lock.lock_file).parent} was taken over by another process while this one stood still. '
                         'The same command waits for it and shows its result.')
 
 # %% ../../nbs/runs/611_keeping.ipynb #2c827805
 PASSING = ('.*.part', '.run-*.part.ipynb', 'files.json', 'progress.json', 'sessions.json', 'training.pt', 'failed.ipynb')  # on the way
 LOCKS = ('.lock', '.notebook.lock')  # of the training, of the notebook around it
-UNLISTED = ('done.json', 'failed.ipynb', 'run.log')  # the list itself, and what belongs to no result
+UNLISTED = ('done.json', 'run.log')  # the list itself, and what belongs to no result
 
 def open_list(
     folder: Path,  # of a run that begins or goes on
@@ -169,7 +190,10 @@ def recover(
     try:
         open_list(folder)
         for name in ('recipe.json', 'manifest.json'):
-            if (folder/name).exists() or name in listing(folder): read_json(folder/name)
+            if (folder/name).exists(): read_json(folder/name)
+            elif name in listing(folder):
+                if begun(folder): raise Damaged(f'{name} in {folder} is missing.')
+                write_json(folder/'files.json', {k: v for k, v in listing(folder).items() if k != name})      # killed before it got its name
     except Damaged as e: raise UserError(f'{e} Remove the folder {folder} to run it from its start.') from None
     lost, why = _lost(folder, stages)
     for s in lost:

@@ -35,7 +35,7 @@ class Reporter:
         console: Console | None = None,  # where to print; None makes one
         file: Path | None = None,  # also leave the live line here, for another process to show
     ):
-        self.console, self.file = console or Console(highlight=False), file
+        self.console, self.file = console or Console(highlight=False, markup=False), file
         self.status = self.console.status('starting') if self.console.is_terminal else None
         self.began, self.last, self.seen = time.perf_counter(), 0.0, (None, None)
 

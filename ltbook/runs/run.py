@@ -18,10 +18,10 @@ from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method, recipe_data
 from .environment import environment, note_captured, open_session
-from .folder import Run, load_run, run_id
-from .keeping import (check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest,
+from .folder import Run, in_its_place, load_run, run_id
+from .keeping import (begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest,
                                  owned, positions, read_manifest, recover, remove_left, still_owned, tidy)
-from .recipe import STAGE1_FIELDS, UNHASHED, Recipe, recipe
+from .recipe import STAGE1_FIELDS, Recipe, recipe
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
 from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
@@ -169,7 +169,7 @@ def check_start(
     check_data(start.id, theirs.get('data'), context.fingerprint)
     if not source.exists():
         raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). '
-                        f'Make them again with: {start.env.get("command")}')
+                        f'Make them again with: {start.again}, and name that run.')
 
 def copy_stage1(
     start: Run,  # where stage 1 was trained, see `check_start`
@@ -202,7 +202,7 @@ def begin_folder(
     recover(folder, get_method(recipe.method).stages, say)
     file, ours = folder/'recipe.json', json.loads(recipe.model_dump_json())
     if not file.exists(): write_json(file, ours)
-    elif other := [k for k, v in read_json(file).items() if k not in UNHASHED and v != ours.get(k, v)]:
+    elif other := [k for k, v in read_json(file).items() if k not in ('source', 'capture') and v != ours.get(k, v)]:
         raise UserError(f'recipe.json in {folder} has another {", ".join(other)} than its name says. Remove the folder to run it from its start.')
 
 # %% ../../nbs/runs/63_run.ipynb #20e7c164
@@ -217,7 +217,7 @@ def prepare(
     "Look for every mistake that can be found before a folder is touched. Raises `UserError`."
     name, folder = run_id(recipe), Path(out)/run_id(recipe)
     if (folder/'done.json').exists():
-        check_data(name, load_run(folder).data, data_at_hand(recipe, root))
+        check_data(name, in_its_place(load_run(folder)).data, data_at_hand(recipe, root))
         return None
     context, noted = make_context(recipe, root, device, pack), read_manifest(folder)
     if noted:
@@ -259,6 +259,10 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
     if recipe.precision == 'bf16' and imitates_bf16(context.compute.device):
         say('This processor imitates bf16, about ten times slower than fp32: another run with --precision fp32 is quicker.')
     sessions, noted = open_session(folder), read_manifest(folder)
+    if noted is None and begun(folder):
+        raise UserError(f'{folder} has lost its manifest.json, so nobody knows its data. Remove the folder to run it from its start.')
+    if noted is None and recipe.start and not (read_manifest(start().path) or {}).get('data'):
+        context.fingerprint = {}      # nobody knows what its first stage saw
     if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
     check_data(run_id(recipe), noted.get('data'), context.fingerprint)      # another process may have begun it meanwhile
     context.fingerprint = noted.get('data') or {}      # what it began with; runs older than fingerprints noted nothing
@@ -275,6 +279,7 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
             note_captured(folder, sessions, name)
         run_stage(context, stage, folder, report, step, say)
         arrays = stage_logits(context, stage)
+        still_owned(lock)
         if arrays: context.logits[name], context.selection[name] = arrays, stage.selection
     rows = read_rows(folder/'history.csv')
     still_owned(lock)

@@ -171,6 +171,8 @@ def cli_seeds(
     logs = {s: folders[s]/'run.log' for s in left}
     codes = run_all({s: seed_command(words, changes, bare, s) for s in left}, logs, jobs, threads, lambda t: console.print(t, soft_wrap=True))
     console.print(seeds_table(folders))
+    bad = [s for s, f in folders.items() if s not in left and not _readable(f)]
+    if bad: raise RuntimeError('The mean is without seed ' + ', '.join(map(str, bad)) + ': see why in the table.')
     failed = [s for s, c in codes.items() if c]
     if failed: raise RuntimeError(f'{len(failed)} of {len(folders)} runs failed: ' + '; '.join(f'seed {s}, see {logs[s]}' for s in failed) + '. The same command goes on with them.')
     return folders

@@ -9,6 +9,7 @@ __all__ = ['MAIN_ANSWERS', 'make_shifts', 'score', 'answers', 'view_logits', 'sh
 # %% ../../nbs/runs/67_shift.ipynb #db4b95a8
 import json, time, zlib
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def view_logits(
     stage = run.metrics['final']['stage']
     if not (run.path/f'{stage}.safetensors').exists():
         raise UserError(f'The run {run.id} has no weights here (they are not kept in git), so its experts cannot adapt. '
-                        f'Make them again with: {run.env.get("command")}; or ask without adapting.')
+                        f'Make them again with: {run.again}; or ask without adapting.')
     context = make_context(run.recipe, root, device)
     network = next(s.network for name, s in trained_stages(run, context) if name == stage).eval()
     data, info = context.parts['test'], context.info
@@ -129,7 +130,7 @@ def shift(
     shifts = make_shifts(labels.numpy(), counts.numpy(), ratios, draws, seed, reference_rng)
     if only is not None: shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
     learned, rows, began = {}, [], time.perf_counter()
-    if root: check_data(run.id, run.data, data_at_hand(run.recipe, root))
+    check_data(run.id, run.data, data_at_hand(run.recipe, root))
     if adapt and experts is not None:
         pairs = view_logits(run, np.unique(np.concatenate([s.adapt_indices for s in shifts])), root, seed=seed, device=device, precision=precision, report=report)
         learned = {s.name: _learn(s, pairs, seed) for s in shifts}
@@ -152,13 +153,16 @@ def _learn(s: Shift, pairs: list, seed: int):
 def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, settings: dict) -> None:
     "Table, weights and shifts; the settings last."
     folder.mkdir(exist_ok=True)
+    (folder/'settings.json').unlink(missing_ok=True)      # what stands there without it is not a result
     write_rows(folder/'accuracy.csv', rows)
     (folder/'weights.csv').unlink(missing_ok=True)
     if learned: write_rows(folder/'weights.csv', [dict(shift=k, **row, stopped=m.stopped and row is m.path[-1]) for k, m in learned.items() for row in m.path])
     def arrays(path):
-        with h5py.File(path, 'w') as f:
+        content = BytesIO()      # a full disk is met by plain Python, which says so
+        with h5py.File(content, 'w') as f:
             for s in shifts:
                 for k in ('q', 'counts', 'indices', 'adapt_indices'): f[f'{s.name}/{k}'] = getattr(s, k)
+        path.write_bytes(content.getbuffer())
     write_atomic(folder/'shifts.h5', arrays)
     text = ',\n'.join(json.dumps(s.to_dict()) for s in shifts)
     write_atomic(folder/'shifts.json', lambda p: p.write_text(f'[{text}]\n', encoding='utf-8'))

@@ -21,7 +21,6 @@ from ltbook.runs.recipe import recipe
 from ltbook.runs.run import run
 
 KINDS = ('cut', 'empty', 'flip', 'swap', 'shape', 'nested', 'zeros', 'gone')
-HEAVY = {'predictions.h5', 'stage1.safetensors', 'stage2.safetensors'}      # need not be here: git leaves them out
 
 
 class Stop(Exception): pass

@@ -18,7 +18,7 @@ from ltbook.runs.bench_training import IMPORTS, NotRun, child, not_run, versus
 from ltbook.runs.time_to_accuracy import evidence
 from ltbook.runs.cli import app
 from ltbook.runs.folder import find_runs
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 
 ROOT = Path(__file__).resolve().parents[1]

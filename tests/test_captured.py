@@ -18,7 +18,7 @@ from ltbook.data.checks import UserError
 from ltbook.methods.difficulty_net import DifficultyWeigher
 from ltbook.methods.method import get_method
 from ltbook.runs.folder import run_id
-from ltbook.runs.recipe import Recipe, recipe, recipe_hash
+from ltbook.methods.recipe import Recipe, recipe, recipe_hash
 from ltbook.runs.run import make_context
 from ltbook.train.captured import CapturedStep, Replay, TensorSGD, can_capture, captured_step, host_questions
 from ltbook.train.compute import Compute, find_device

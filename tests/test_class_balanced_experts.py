@@ -18,7 +18,7 @@ from ltbook.models.fusion import JointCalibration, fuse, reject_shift
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
 from ltbook.runs.fusion import Logits, export_logits, fuse_logits, read_logits, run_members, write_logits
-from ltbook.runs.recipe import Recipe, recipe
+from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.run import run
 
 WHO = [np.array([0, 3]), np.array([1, 4]), np.array([2])]

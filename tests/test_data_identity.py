@@ -17,7 +17,7 @@ from ltbook.runs.evaluate import evaluate, logits_from_weights
 from ltbook.runs.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.fusion import check_alike, logits_on, read_logits, run_members, share_generalist, write_logits
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run
 from ltbook.runs.shift import shift
 

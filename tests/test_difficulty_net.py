@@ -18,7 +18,7 @@ from ltbook.methods.reweighting import class_accuracies
 from ltbook.models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import make_context, recipe_from, run
 from ltbook.train.bilevel import bilevel_steps, meta_gradient, meta_gradient_reference, no_running_statistics, plain_cross_entropy
 

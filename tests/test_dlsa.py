@@ -19,7 +19,7 @@ from ltbook.models.flow_filter import FlowFilter, component_densities, log_likel
 from ltbook.models.levels import PairSampler, assign_levels, cluster_prior, cluster_table, keep_threshold
 from ltbook.runs.features import export_features
 from ltbook.runs.folder import load_run
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from ltbook.runs.evaluate import logits_from_weights
 from ltbook.runs.features import export_features
 from ltbook.runs.folder import load_run
 from ltbook.runs.fusion import logits_on
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.runs.shift import shift
 from ltbook.train.files import load_state

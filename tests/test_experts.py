@@ -17,7 +17,7 @@ from ltbook.losses.experts import ldam_margins, reversed_prior, ride_loss, ride_
 from ltbook.losses.reweighting import class_balanced_weights
 from ltbook.models.expert_resnet import ExpertResNet32
 from ltbook.runs.folder import load_run
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import make_context, run
 
 sizes = dict(b=st.integers(1, 5), c=st.integers(2, 8), seed=st.integers(0, 2**16))

@@ -17,7 +17,7 @@ from ltbook.runs.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.fusion import unused_images
 from ltbook.runs.published import beside_the_paper
-from ltbook.runs.recipe import Recipe, recipe
+from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.environment import command
 from ltbook.runs.run import make_context, recipe_from, run
 from ltbook.runs.sweep import choose, is_row, sweep_rows

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ltbook.data.images import data_root
 from ltbook.methods.method import methods
 from ltbook.runs.folder import load_run
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run
 
 GOLDEN = Path(__file__).parent/'golden'

@@ -8,7 +8,7 @@ import torch
 
 from ltbook.methods.difficulty_net import DifficultyWeigher
 from ltbook.methods.method import get_method
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import make_context
 from ltbook.train.captured import CapturedStep
 from ltbook.train.pack import Pack, together

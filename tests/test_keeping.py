@@ -19,7 +19,7 @@ from ltbook.data.checks import UserError
 from ltbook.runs.cli import app
 from ltbook.runs.folder import load_run, run_id, scan_runs
 from ltbook.runs.keeping import LOCKS, PASSING, owned, still_owned, verify_files
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.train.files import write_json
 from ltbook.train.processes import child_env

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ltbook.runs.folder import load_run
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.runs import seeds
 from ltbook.runs.seeds import run_packed

@@ -16,7 +16,7 @@ from ltbook.data.checks import UserError
 from ltbook.data.images import data_root
 from ltbook.runs.cli import app
 from ltbook.runs.folder import find_runs, load_run, run_id
-from ltbook.runs.recipe import Recipe, recipe
+from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.run import recipe_from, run
 from ltbook.train.files import write_json
 

@@ -17,7 +17,7 @@ from ltbook.losses.experts import sade_adjustment, skill_diverse_loss
 from ltbook.measure.aggregation import learn_weights, mix
 from ltbook.measure.label_shift import estimate_prior, replace_prior
 from ltbook.runs.folder import load_run
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.runs.shift import cli_shift, collect_shifts, make_shifts, shift, shift_summary
 

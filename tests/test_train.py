@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ltbook.data.images import load_images
 from ltbook.data.sampling import InstanceBalanced
 from ltbook.methods.method import get_method
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import make_context
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, predict

@@ -6,8 +6,6 @@
 __all__ = ['balanced', 'stage1']
 
 # %% ../../nbs/methods/55_balanced_softmax.ipynb #543ac3dd
-import torch
-from ..losses.cross_entropy import balanced_softmax
 from .fast import fast_rows
 from .method import Context, Method, Published, register
 from .stages import representation_stage
@@ -17,13 +15,20 @@ from ..train.stage import Stage
 def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
-    "Instance-balanced training under balanced softmax with the train counts as prior."
-    counts = torch.as_tensor(context.counts, device=context.compute.device)
-    return representation_stage(context, loss=lambda z, b: balanced_softmax(z, b['y'], counts))
+    "Instance-balanced training under the loss of the recipe, balanced softmax with the train counts as prior."
+    return representation_stage(context)
 
 # %% ../../nbs/methods/55_balanced_softmax.ipynb #dc2f7876
 balanced = register(Method(
-    'balanced_softmax', 'cross-entropy with the class prior in the logits', 'Ren et al., NeurIPS 2020, arXiv 2007.10740', dict(stage1=stage1),
-    recipes=(*(Published(d, i, {}, 'ltbook: the recipe of MiSLAS stage 1 with another loss') for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
-             Published('digits', None, dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits')),
-    fast={}, sweeps=dict(fast=lambda: fast_rows('balanced_softmax')), printed=dict(stage1=('SADE', 'Balanced Softmax'))))
+    'balanced_softmax',
+    'cross-entropy with the class prior in the logits',
+    'Ren et al., NeurIPS 2020, arXiv 2007.10740',
+    dict(stage1=stage1),
+    recipes=(
+        *(Published(d, i, {}, 'ltbook: the recipe of MiSLAS stage 1 with another loss')
+          for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
+        Published('digits', None, dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits')),
+    defaults=dict(loss='balanced_softmax'),
+    fast={},
+    sweeps=dict(fast=lambda: fast_rows('balanced_softmax')),
+    printed=dict(stage1=('SADE', 'Balanced Softmax'))))

@@ -182,7 +182,7 @@ def expert(
     part, length = expert_part(context.train, ids, s.ratios[i], r.data_seed), s.expert_epochs[i]
     net = train_only(expert_network(context, len(ids), number), s.learnable[i])
     stage = Stage(f'expert{number}', net, InstanceBalanced(part.labels.cpu(), seed=r.seed + number),
-                  context.view(part),
+                  context.view(part, mixup_alpha=0.),
                   lambda z, b: mixed_cross_entropy(z, b['y']), lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr), epochs=length,
                   batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
                   weight_decay=s.expert_weight_decay,
@@ -280,8 +280,15 @@ RECIPES = (
     *(Published('cifar10', i, dict(splits='quantile'), _ours) for i in (200, 100, 50, 10)),
     Published('digits', None, dict(epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours),
 )
-class_balanced_experts = register(Method('class_balanced_experts', 'experts for parts of the classes, jointly calibrated',
-                                         'Sharma et al., GCPR 2020, arXiv 2004.03706', STAGES,
-                                         ExpertSettings, RECIPES, short=dict(expert_epochs=(12, 12, 20)),
-                                         smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2), split=experts_split, check=check_depths,
-                                         printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))
+class_balanced_experts = register(Method(
+    'class_balanced_experts',
+    'experts for parts of the classes, jointly calibrated',
+    'Sharma et al., GCPR 2020, arXiv 2004.03706',
+    STAGES,
+    ExpertSettings,
+    RECIPES,
+    short=dict(expert_epochs=(12, 12, 20)),
+    smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2),
+    split=experts_split,
+    check=check_depths,
+    printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

@@ -17,14 +17,12 @@ from ..train.stage import Stage
 # %% ../../nbs/methods/54_decoupling.ipynb #a7919885
 class DecouplingSettings(Settings):
     "What cRT and LWS add to a recipe."
-    mixup_alpha: NonNegative = 0.0  # of stage 1; 1 is the cRT+mixup and LWS+mixup of MiSLAS' tables
     shift_bn: bool = True  # BatchNorm statistics follow the balanced stream
     stage2_epochs: Length = 10
     stage2_lr: Positive = 0.1
 
 class TauSettings(Settings):
     "What tau-normalisation adds to a recipe."
-    mixup_alpha: NonNegative = 0.0  # of stage 1
     tau: NonNegative = 1.0  # 1 makes all weight vectors equally long; chosen without looking at test labels
 
 # %% ../../nbs/methods/54_decoupling.ipynb #7e38bc1e
@@ -32,7 +30,7 @@ def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
     "Plain instance-balanced training."
-    return representation_stage(context, mixup_alpha=context.settings.mixup_alpha)
+    return representation_stage(context)
 
 # %% ../../nbs/methods/54_decoupling.ipynb #f9f7fdce
 def crt_stage2(
@@ -65,15 +63,43 @@ def tau_stage2(
     return stage
 
 # %% ../../nbs/methods/54_decoupling.ipynb #23285076
-_rows = tuple(Published(d, i, dict(mixup_alpha=1.0), 'MiSLAS, comparison rows +mixup (CVPR 2021); stage-2 rate not published') for d in ('cifar10', 'cifar100') for i in (100, 50, 10))
-_digits = Published('digits', None, dict(epochs=100, mixup_alpha=1.0), 'ltbook: the CIFAR-10 values, as no paper uses digits')
+_source = 'MiSLAS, comparison rows +mixup (CVPR 2021); stage-2 rate not published'
+_rows = (
+    *(Published(d, i, dict(mixup_alpha=1.0), _source) for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
+    Published('digits', None, dict(epochs=100, mixup_alpha=1.0), 'ltbook: the CIFAR-10 values, as no paper uses digits'))
 _paper, _mixup = 'Kang et al., ICLR 2020, arXiv 1910.09217', dict(stage1=('MiSLAS', 'CE+mixup'))
 
-crt = register(Method('crt', 'classifier re-training', _paper, dict(stage1=stage1, stage2=crt_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1),
-                      fast=dict(stage2_lr=0.05), sweeps=dict(fast=lambda: fast_rows('crt')),
-                      printed=_mixup | dict(stage2=('MiSLAS', 'cRT+mixup(s1)'))))
-lws = register(Method('lws', 'learnable weight scaling', _paper, dict(stage1=stage1, stage2=lws_stage2), DecouplingSettings, (*_rows, _digits), smoke=dict(stage2_epochs=1),
-                      fast=dict(stage2_lr=0.05), sweeps=dict(fast=lambda: fast_rows('lws')),
-                      printed=_mixup | dict(stage2=('MiSLAS', 'LWS+mixup(s1)'))))
-tau_norm = register(Method('tau_norm', 'tau-normalised classifier', _paper, dict(stage1=stage1, stage2=tau_stage2), TauSettings, (*_rows, _digits),
-                           fast={}, sweeps=dict(fast=lambda: fast_rows('tau_norm')), printed=_mixup))
+crt = register(Method(
+    'crt',
+    'classifier re-training',
+    _paper,
+    dict(stage1=stage1, stage2=crt_stage2),
+    DecouplingSettings,
+    _rows,
+    smoke=dict(stage2_epochs=1),
+    fast=dict(stage2_lr=0.05),
+    sweeps=dict(fast=lambda: fast_rows('crt')),
+    printed=_mixup | dict(stage2=('MiSLAS', 'cRT+mixup(s1)'))))
+
+lws = register(Method(
+    'lws',
+    'learnable weight scaling',
+    _paper,
+    dict(stage1=stage1, stage2=lws_stage2),
+    DecouplingSettings,
+    _rows,
+    smoke=dict(stage2_epochs=1),
+    fast=dict(stage2_lr=0.05),
+    sweeps=dict(fast=lambda: fast_rows('lws')),
+    printed=_mixup | dict(stage2=('MiSLAS', 'LWS+mixup(s1)'))))
+
+tau_norm = register(Method(
+    'tau_norm',
+    'tau-normalised classifier',
+    _paper,
+    dict(stage1=stage1, stage2=tau_stage2),
+    TauSettings,
+    _rows,
+    fast={},
+    sweeps=dict(fast=lambda: fast_rows('tau_norm')),
+    printed=_mixup))

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from ..data.checks import UserError
 from ..data.sampling import InstanceBalanced
 from .method import Context, Length, Method, NonNegative, Positive, Published, register
-from .reweighting import SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, make_lot, meta_split, sample_loss, smoothing, stage1_settings, stage2, weighted_stage
+from ltbook.methods.reweighting import (
+    DEFAULTS, SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, check, meta_split, stage1_settings, stage2,
+    weighted_stage)
+from .stages import recipe_loss
 from ..models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ..train.bilevel import meta_gradient, plain_cross_entropy
 from ..train.stage import Stage
@@ -136,9 +139,10 @@ def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
     "Training under weights that are learned on the way."
-    s, g, lot = context.settings, difficulty_network(context), make_lot(context)
+    s, g, (loss, lot) = context.settings, difficulty_network(context), recipe_loss(context)
     adam = torch.optim.Adam(g.parameters(), s.network_lr, weight_decay=s.network_decay, capturable=context.compute.capture and context.compute.device.type == 'cuda')
-    stage = weighted_stage(context, DifficultyWeigher(context, g, adam, sample_loss(context, lot)), lot)
+    single = lambda z, y: loss(z, y, reduction='none')
+    stage = weighted_stage(context, DifficultyWeigher(context, g, adam, single), loss, lot)
     stage.before_epoch = None      # the meta images have their full side, so the others may not grow
     return stage
 
@@ -167,6 +171,19 @@ RECIPES = (
     _large('places_lt', 30, 0.01, 'step', 512, 5e-4, 'resnet152', smooth_head=0.4, smooth_tail=0.1, stage2_epochs=20, stage2_lr=0.1),
 )
 difficulty_net = register(Method(
-    'difficulty_net', 'class weights from learned difficulties, one step ahead', 'Sinha & Ohashi, WACV 2023, arXiv 2209.02960', dict(stage1=stage1, stage2=stage2),
-    DifficultySettings, RECIPES, SHORT | dict(network_lr=1e-3), SMOKE, split=meta_split, check=lambda c: (smoothing(c), sample_loss(c)),
-    stage1_settings=stage1_settings(DifficultySettings), printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')), sweeps=dict(ablation=ablation_grid)))
+    'difficulty_net',
+    'class weights from learned difficulties, one step ahead',
+    'Sinha & Ohashi, WACV 2023, arXiv 2209.02960',
+    dict(stage1=stage1, stage2=stage2),
+    DifficultySettings,
+    RECIPES,
+    defaults=DEFAULTS,
+    unused=frozenset(('mixup_alpha', 'sam_rho', 'optimizer')),      # the look ahead is a plain step of SGD
+    short=SHORT | dict(network_lr=1e-3),
+    smoke=SMOKE,
+    split=meta_split,
+    check=check,
+    stage1='difficulty_net',
+    stage1_settings=stage1_settings(DifficultySettings),
+    printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')),
+    sweeps=dict(ablation=ablation_grid)))

@@ -8,7 +8,6 @@ __all__ = ['dirmixe', 'DirmixeSettings', 'penalty_epoch', 'dirmixe_stage', 'step
 # %% ../../nbs/methods/57_dirmixe.ipynb #9310aadc
 from dataclasses import replace
 from statistics import median
-from types import SimpleNamespace
 from typing import Literal
 import math
 import torch
@@ -18,7 +17,7 @@ from ..data.images import ImageData
 from ..losses.dirichlet import DirichletPool, component_means, dirmixe_loss
 from .fast import fast_rows
 from .method import Context, Method, Published, get_method, register
-from .sade import ExpertSettings, expert_network, expert_stage
+from .sade import EXPERTS, ExpertSettings, expert_stage
 from ..train.bench import noise_images, stage_step, take_turns
 from ..train.stage import Stage
 
@@ -48,7 +47,7 @@ def dirmixe_stage(
 ) -> Stage:  # over the whole network
     "All experts under draws of label distributions. Raises `UserError` for another number of experts than components, or a pool too small for a batch."
     r, s, device = context.recipe, context.settings, context.compute.device
-    means = component_means(context.counts)
+    means = component_means(context.trained_counts)
     if s.n_experts != len(means):
         raise UserError(f'DirMixE trains one expert for each of its {len(means)} Dirichlet components, got n_experts = {s.n_experts}: use --set n_experts={len(means)}.')
     prior, first = torch.as_tensor(means[0], dtype=torch.float32, device=device), penalty_epoch(r.epochs, s.penalty_start)
@@ -70,7 +69,13 @@ _common = dict(head='cosine', nesterov=True)
 
 _paper = 'Yang et al., ICML 2024, PMLR v235 pp. 56624-56664'
 
-dirmixe = register(Method('dirmixe', 'experts for Dirichlet distributions of label distributions', _paper, dict(stage1=dirmixe_stage), DirmixeSettings, (
+dirmixe = register(Method(
+    'dirmixe',
+    'experts for Dirichlet distributions of label distributions',
+    _paper,
+    dict(stage1=dirmixe_stage),
+    DirmixeSettings,
+    (
     Published('cifar10', None, _common | dict(weight_decay=5e-4, penalty=15.0, shot_rule='1000/200'), _code),
     Published('cifar100', None, _common | dict(weight_decay=1e-3), _code),
     Published('imagenet_lt', None, _common | dict(backbone='resnext50', epochs=180, batch_size=64, lr=0.025, schedule='cosine', weight_decay=7e-4,
@@ -78,8 +83,11 @@ dirmixe = register(Method('dirmixe', 'experts for Dirichlet distributions of lab
     Published('inaturalist2018', None, _common | dict(backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4,
                                                     concentration=100_000.0, penalty=1.0), _code),
     Published('digits', None, _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
-), network=expert_network, fast={}, sweeps=dict(fast=lambda: fast_rows('dirmixe')),
-   printed=dict(stage1=('DirMixE', 'DirMixE'))))
+),
+    fast={},
+    sweeps=dict(fast=lambda: fast_rows('dirmixe')),
+    printed=dict(stage1=('DirMixE', 'DirMixE')),
+    **EXPERTS))
 
 # %% ../../nbs/methods/57_dirmixe.ipynb #8db64f6e
 def step_rates(
@@ -92,11 +100,10 @@ def step_rates(
     info = ImageData('noise', data, data, 4, True, None, 'noise')
     for name in names:
         m = get_method(name)
-        r = SimpleNamespace(seed=0, epochs=200, batch_size=min(128, len(data)//4), lr=.1, momentum=.9, nesterov=True, weight_decay=5e-4, schedule='step', max_steps=None, first_side=None,
-                            head='linear' if name == names[0] else 'cosine', settings=m.settings())
+        r = recipe(name, 'cifar100', profile='paper', batch_size=min(128, len(data)//4))
         c = Context(r, info, dict(train=data, test=data), None)
         c.network = c.compute.prepare(m.network(c)).train()
-        steps[name] = stage_step(next(iter(m.stages.values()))(c))
+        steps[name] = stage_step(m.stages_of(r)['stage1'](c))
     speeds = take_turns(steps, seconds, turns)
     plain = median(speeds[names[0]])
     return [dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=plain/median(v)) for k, v in speeds.items()]

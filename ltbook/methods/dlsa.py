@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'COMMON', 'BROKEN', 'CONFIGS', 'RECIPES', 'dlsa', 'DlsaSettings', 'flow_stage', 'routed', 'make_bank',
-           'bank_stage', 'published_config']
+           'bank_stage', 'published_config', 'stages']
 
 # %% ../../nbs/methods/59_dlsa.ipynb #caf51cee
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ..data.checks import UserError, one_of
 from ..data.features import FeatureSet
 from ..losses.flow_losses import BalanceLoss, likelihood_loss, purity_loss, tail_weights
 from .label_space import dlsa_data, dlsa_network, dlsa_split, label_space, stage1
-from .method import Context, Method, Published, Settings, register
+from .method import Context, Method, Published, Recipe, Settings, register
 from .routed_heads import BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head
 from ..models.flow_filter import FlowFilter, read_rows
 from ..models.levels import PairSampler, cluster_stats, cluster_table, good_clusters, keep_threshold, random_levels
@@ -24,7 +24,6 @@ from ..train.stage import Stage
 # %% ../../nbs/methods/59_dlsa.ipynb #431ed7ba
 class DlsaSettings(Settings):
     "What DLSA adds to a recipe."
-    mixup_alpha: float = 0.0  # of stage 1
     depth: Literal[1, 2, 3] = 1  # filters; published 1 or 3
     keep: float = 0.3  # share kept by a filter
     n_clusters: int = 50  # K; published 500
@@ -224,6 +223,23 @@ RECIPES = (
               'ltbook: sized for a few hundred rows; no paper uses digits'),
     *(CONFIGS[n] for n in ('ImgNet_PaCo_R50_bsm', 'Places_PaCo_R152_bsm', 'Inat_PaCo_R50_bsm')))
 
-dlsa = register(Method('dlsa', 'flow filter on frozen features, a classifier a level', 'Xu et al., ECCV 2022, arXiv 2208.02567',
-                       dict(stage1=stage1, **{f'flow{d + 1}': partial(flow_stage, d=d) for d in range(3)}, **{k: partial(bank_stage, kind=k) for k in (*CONTROLS, 'dlsa')}),
-                       DlsaSettings, RECIPES, smoke=dict(flow_epochs=1, head_epochs=1, standardize=True), split=dlsa_split, network=dlsa_network, data=dlsa_data))
+def stages(
+    recipe: Recipe,  # with the number of filters, and whether there are controls
+) -> dict:  # name -> builder
+    "The network, a filter for each level, a head for each control, and DLSA itself."
+    s = recipe.settings
+    filters = {f'flow{d + 1}': partial(flow_stage, d=d) for d in range(s.depth)}
+    heads = {k: partial(bank_stage, kind=k) for k in (*(CONTROLS if s.controls else ()), 'dlsa')}
+    return dict(stage1=stage1) | filters | heads
+
+dlsa = register(Method(
+    'dlsa',
+    'flow filter on frozen features, a classifier a level',
+    'Xu et al., ECCV 2022, arXiv 2208.02567',
+    stages,
+    DlsaSettings,
+    RECIPES,
+    smoke=dict(flow_epochs=1, head_epochs=1, standardize=True),
+    split=dlsa_split,
+    network=dlsa_network,
+    data=dlsa_data))

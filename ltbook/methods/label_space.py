@@ -114,8 +114,7 @@ def stage1(
     context: Context,  # with the network of `dlsa_network`
 ) -> Stage:  # training of the backbone; of no epochs for feature files
     "The representation, as in other methods; its head is a control."
-    s = representation_stage(context, mixup_alpha=context.settings.mixup_alpha) if not isinstance(context.train, FeatureSet) else None
-    if s: return s
+    if not isinstance(context.train, FeatureSet): return representation_stage(context)
     head, test = context.network, context.parts['test']
     outputs = (lambda: dict(logits=head(test.features))) if context.train.head else dict
     return Stage('stage1', head, PairSampler(context.train.labels.cpu()), lambda i, rng: {}, lambda z, b: z, lr=lambda e: 0.0, epochs=0, predict=None, outputs=outputs)

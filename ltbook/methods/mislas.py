@@ -17,7 +17,6 @@ from ..train.stage import Stage
 # %% ../../nbs/methods/52_mislas.ipynb #19e2a07c
 class MislasSettings(Settings):
     "What MiSLAS adds to a recipe."
-    mixup_alpha: NonNegative = 1.0  # of Beta(alpha, alpha) in stage 1; 0 is no mixup
     smooth_head: float = 0.4  # epsilon of the largest class
     smooth_tail: float = 0.1  # epsilon of the smallest class
     smooth_shape: Literal['concave', 'linear', 'convex', 'power'] = 'concave'  # between the two
@@ -33,7 +32,7 @@ def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
     "Features under mixup (section 3.1 of the paper)."
-    return representation_stage(context, mixup_alpha=context.settings.mixup_alpha)
+    return representation_stage(context)
 
 # %% ../../nbs/methods/52_mislas.ipynb #71f539b3
 def strength(
@@ -41,7 +40,7 @@ def strength(
 ):  # (C,) float64 tensor
     "Smoothing of every class. Raises `UserError` for equal counts or strengths outside [0, 1)."
     s = context.settings
-    return smoothing_strength(context.counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
+    return smoothing_strength(context.trained_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
 
 # %% ../../nbs/methods/52_mislas.ipynb #71f1785e
 def stage2(
@@ -74,5 +73,16 @@ RECIPES = (
 )
 
 # %% ../../nbs/methods/52_mislas.ipynb #576cb905
-mislas = register(Method('mislas', 'mixup, label-aware smoothing, shifted BatchNorm', 'Zhong et al., CVPR 2021, arXiv 2104.00466', dict(stage1=stage1, stage2=stage2),
-                         MislasSettings, RECIPES, smoke=dict(stage2_epochs=1), fast=dict(stage2_lr=0.05), sweeps=dict(fast=lambda: fast_rows('mislas')), check=strength, printed=dict(stage1=('MiSLAS', 'CE+mixup'), stage2=('MiSLAS', 'MiSLAS'))))
+mislas = register(Method(
+    'mislas',
+    'mixup, label-aware smoothing, shifted BatchNorm',
+    'Zhong et al., CVPR 2021, arXiv 2104.00466',
+    dict(stage1=stage1, stage2=stage2),
+    MislasSettings,
+    RECIPES,
+    defaults=dict(mixup_alpha=1.0),
+    smoke=dict(stage2_epochs=1),
+    fast=dict(stage2_lr=0.05),
+    sweeps=dict(fast=lambda: fast_rows('mislas')),
+    check=strength,
+    printed=dict(stage1=('MiSLAS', 'CE+mixup'), stage2=('MiSLAS', 'MiSLAS'))))

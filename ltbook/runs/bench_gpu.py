@@ -13,7 +13,7 @@ from ..data.images import ImageData
 from ..data.profile import long_tail_counts
 from ..methods.method import Context, get_method, standard_network
 from .bench_training import NotRun, versus
-from .recipe import recipe
+from ..methods.recipe import recipe
 from ..train.bench import noise_images
 from ..train.captured import CapturedStep
 from ..train.compute import Compute, find_device

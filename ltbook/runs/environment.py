@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from ..methods.method import get_method
-from .recipe import STAGE1_FIELDS, Recipe, changed, recipe
+from ..methods.recipe import STAGE1_FIELDS, Recipe, changed, recipe
 from ..train.compute import Compute
 from ..train.files import Damaged, read_json, read_rows, write_json
 
@@ -35,7 +35,7 @@ def command(
     "The command that repeats a run."
     plain = _plain(recipe)
     words = ['ltbook', 'run', recipe.method, recipe.dataset, *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []), f'--profile {recipe.profile}', f'--seed {recipe.seed}']
-    taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} if recipe.start else {'seed'}
+    taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} - {'loss'} if recipe.start else {'seed'}
     words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
     own = [f'--import {shlex.quote(m)}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
     return ' '.join(words + ([f'--from outputs/{recipe.start}'] if recipe.start else []) + own)

@@ -28,7 +28,7 @@ def trained_network(
     device: str = 'auto',  # see `find_device`
 ) -> tuple[Context, nn.Module]:  # the run's data, and the network as it was after that stage
     "Rebuild a network of a run. Raises `UserError` for an unknown stage or missing weights."
-    stages, context = get_method(run.recipe.method).stages, make_context(run.recipe, root, device)
+    stages, context = get_method(run.recipe.method).stages_of(run.recipe), make_context(run.recipe, root, device)
     stage = one_of(stage or next(iter(stages)), stages, 'stage')
     for name, built in trained_stages(run, context):
         if name == stage: return context, built.network.eval()

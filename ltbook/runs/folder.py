@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.checks import UserError
 from ..methods.method import get_method
 from .keeping import verify_files
-from .recipe import Recipe, recipe_hash
+from ..methods.recipe import Recipe, recipe_hash
 from ..train.files import Damaged, checked, read_json, read_rows
 
 # %% ../../nbs/runs/62_folder.ipynb #45242d3c

@@ -23,7 +23,7 @@ from ..models.fusion import JointCalibration, check_logits
 from .evaluate import trained_stages
 from .folder import Run
 from .keeping import check_data, fingerprints, owned
-from .recipe import STAGE1_FIELDS, Recipe
+from ..methods.recipe import STAGE1_FIELDS, Recipe
 from .run import make_context, open_folder, stage_logits
 from ..train.compute import Compute
 from ..train.files import checked, read_rows, write_atomic, write_rows

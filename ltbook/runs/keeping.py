@@ -18,7 +18,7 @@ from ..data.checks import UserError
 from ..data.fingerprint import check_same_data
 from ..data.images import ImageData, is_here
 from ..methods.method import Context, get_method, recipe_data
-from .recipe import Recipe
+from ..methods.recipe import Recipe
 from ..train.files import Damaged, checked, file_hash, listing, read_json, read_rows, write_json, write_rows
 
 # %% ../../nbs/runs/611_keeping.ipynb #e55cd85e

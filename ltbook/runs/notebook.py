@@ -12,7 +12,7 @@ from pathlib import Path
 import ltbook
 from ..data.checks import UserError
 from .folder import load_run, run_id
-from .recipe import Recipe, recipe
+from ..methods.recipe import Recipe, recipe
 from .keeping import owned
 from .run import open_folder, recipe_from
 from ..train.files import read_rows, write_atomic

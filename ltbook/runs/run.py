@@ -16,12 +16,12 @@ import h5py, numpy as np, torch
 from ..data.checks import UserError
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
-from ..methods.method import Context, get_method, recipe_data
+from ..methods.method import Context, context_of, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, in_its_place, load_run, run_id
 from .keeping import (begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest,
                                  owned, positions, read_manifest, recover, remove_left, still_owned, tidy)
-from .recipe import STAGE1_FIELDS, Recipe, recipe
+from ..methods.recipe import STAGE1_FIELDS, Recipe, changed, recipe
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
 from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
@@ -39,14 +39,9 @@ def make_context(
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
     method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack)
     compute.use()
-    data = recipe_data(recipe, root)
-    parts, tail = method.split(recipe, data)
-    known = fingerprints(data, parts)
-    parts = {k: v.to(compute.device) for k, v in parts.items()}
-    context = Context(recipe, data, parts, tail, compute, fingerprint=known)
-    context.network = method.network(context)
-    method.check(context)
-    first = next(iter(method.stages.values()))(context)      # a batch larger than the set, say, shows here
+    context = context_of(recipe, recipe_data(recipe, root), compute)
+    context.fingerprint = fingerprints(context.info, context.parts)
+    first = next(iter(method.stages_of(recipe).values()))(context)      # a batch larger than the set, say, shows here
     if recipe.first_side and not (first and first.before_epoch): raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')
     if recipe.hold_out: context.notes['test_part'] = f'not the test set: the last {recipe.hold_out} train images of every class, held out'
     return context
@@ -146,14 +141,24 @@ def recipe_from(
     method: str,  # whose later stages shall run
     **changes,  # as in `recipe`
 ) -> Recipe:  # with `start` set
-    "A recipe that takes over the first stage of another run. Raises `UserError` if the method has no further stage or changes touch stage 1."
-    if len(get_method(method).stages) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
+    "A recipe that takes over the first stage of another run. Raises `UserError` unless `method` would train it alike."
     r, m = start.recipe, get_method(method)
-    own = {k: getattr(r.settings, k, v) for k, v in m.stage1_settings.items() if k in m.settings.model_fields}
-    touched, absent = sorted(set(changes) & {*STAGE1_FIELDS, *own}), [k for k, v in own.items() if v is None]
-    if absent: raise UserError(f'The stage 1 of {start.id} was not trained as {method} trains its own: it has no {", ".join(absent)}. Start from a run of {method}, or run without --from.')
-    if touched: raise UserError(f'{", ".join(touched)} belong to stage 1, which is taken from {start.id}: leave them out, or run without --from.')
-    return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **{k: getattr(r, k) for k in STAGE1_FIELDS}, **own, **changes)
+    own = recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **changes)      # mistakes in words come first
+    names = [*m.stages_of(own)]
+    if names[0] != 'stage1' or len(names) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
+    trained = get_method(r.method)
+    if trained.stage1 != m.stage1 or trained.split is not m.split:
+        raise UserError(f'The stage 1 of {start.id} was not trained as {method} trains its own: run without --from, or start from another run.')
+    if r.loss != own.loss:
+        raise UserError(f'The stage 1 of {start.id} was trained with the loss {r.loss}, {method} asks for {own.loss}: '
+                        f'to take it over knowingly add --set loss={r.loss}.')
+    theirs = {k: getattr(r, k) for k in STAGE1_FIELDS} | {k: getattr(r.settings, k) for k in m.stage1_settings}
+    touched = sorted(k for k in changes if k in theirs and changes[k] != theirs[k])
+    if touched:
+        raise UserError(f'What belongs to stage 1 ({", ".join(touched)}) is taken from {start.id}: leave it out, or run without --from.')
+    idle = sorted(k for k in m.unused if theirs[k] != getattr(own, k))
+    if idle: raise UserError(f'{method} knows no {", ".join(idle)}, with which the stage 1 of {start.id} was trained: run without --from.')
+    return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **changes | theirs)
 
 # %% ../../nbs/runs/63_run.ipynb #00857c77
 def check_start(
@@ -199,10 +204,10 @@ def begin_folder(
 ) -> None:
     "Write down what runs, or see that it is this; take away what is damaged. Raises `UserError` for another recipe."
     remove_left(folder, '.*.part')      # half-written files of a run that was killed
-    recover(folder, get_method(recipe.method).stages, say)
-    file, ours = folder/'recipe.json', json.loads(recipe.model_dump_json())
-    if not file.exists(): write_json(file, ours)
-    elif other := [k for k, v in read_json(file).items() if k not in ('source', 'capture') and v != ours.get(k, v)]:
+    recover(folder, get_method(recipe.method).stages_of(recipe), say)
+    file = folder/'recipe.json'
+    if not file.exists(): write_json(file, json.loads(recipe.model_dump_json()))
+    elif other := [k for k in changed(Recipe(**read_json(file)), recipe) if k not in ('source', 'capture')]:
         raise UserError(f'recipe.json in {folder} has another {", ".join(other)} than its name says. Remove the folder to run it from its start.')
 
 # %% ../../nbs/runs/63_run.ipynb #20e7c164
@@ -272,7 +277,7 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
     def step(*about):
         still_owned(lock)
         if on_step: on_step(*about)
-    for name, build in get_method(recipe.method).stages.items():
+    for name, build in get_method(recipe.method).stages_of(recipe).items():
         stage = build(context)
         if stage is None: continue
         if context.compute.capture and can_capture(stage) and not (folder/f'{name}.safetensors').exists():

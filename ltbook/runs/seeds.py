@@ -17,7 +17,7 @@ from ..data.checks import UserError
 from .folder import load_run, run_id
 from .notebook import recipe_of
 from .progress import COLUMNS, cell
-from .recipe import Recipe
+from ..methods.recipe import Recipe
 from .run import prepare, run
 from ..train.compute import find_device
 from ..train.pack import Pack, together

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..data.checks import UserError, one_of
 from ..methods.method import get_method
 from .folder import Run, run_id
-from .recipe import UNHASHED, WORDS, Recipe, flat, recipe
+from ..methods.recipe import UNHASHED, WORDS, Recipe, flat, recipe
 
 # %% ../../nbs/runs/694_sweep.ipynb #f16916f5
 @dataclass(frozen=True)

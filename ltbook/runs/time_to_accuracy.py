@@ -14,7 +14,7 @@ from ..data.profile import long_tail_counts
 from .bench_training import NotRun, versus
 from .folder import Run, find_outputs, find_runs
 from .published import beside_the_paper
-from .recipe import Recipe, recipe, recipe_hash
+from ..methods.recipe import Recipe, recipe, recipe_hash
 from ..train.bench import take_turns, training_loops
 from ..train.schedule import growing_side
 

@@ -210,18 +210,21 @@ def fit(
         look = (lambda images, loss: on_step(stage, epoch, images, loss)) if on_step else None
         loss, images = train_epoch(stage, epoch, optimizer, rng, compute, look, step)
         seconds = time.perf_counter() - began
+        if stage.average: stage.average.after_epoch(epoch)
         logged = stage.after_epoch(epoch) if stage.after_epoch else {}
         row = dict(stage=stage.name, epoch=epoch, lr=stage.lr(epoch), loss=loss, seconds=round(seconds, 3), images_per_second=round(images/seconds, 1))
         for k, v in logged.items():
             if isinstance(v, Tensor) and v.ndim: curves.setdefault(k, []).append(v.detach().cpu())
             else: row[k] = v.item() if isinstance(v, Tensor) else float(v)
-        if evaluate and test_every and ((epoch + 1) % test_every == 0 or epoch + 1 == stage.epochs): row |= evaluate(stage)
+        if evaluate and test_every and ((epoch + 1) % test_every == 0 or epoch + 1 == stage.epochs):
+            with stage.evaluated(): row |= evaluate(stage)
         rows.append(row)
         if folder:
             write_rows(folder/'history.csv', rows)
             save_state(folder/'training.pt', snapshot(stage, optimizer, rng, epoch + 1, curves))
         if report: report(row)
     if step: step.release()
+    if stage.average: stage.average.put_in()
     if stage.at_end: stage.at_end()
     curves = {k: torch.stack(v) for k, v in curves.items()}
     if folder: finish(stage, folder, curves)

@@ -17,7 +17,7 @@ from ltbook.data.checks import UserError
 from ltbook.runs.cli import app
 from ltbook.runs.evaluate import evaluate
 from ltbook.runs.folder import load_run, run_id
-from ltbook.runs.recipe import recipe
+from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 
 KINDS = ('cut', 'empty', 'flip', 'swap', 'shape', 'nested', 'zeros', 'gone')

@@ -18,7 +18,7 @@ from ltbook.methods.reweighting import class_accuracies
 from ltbook.models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
-from ltbook.methods.recipe import recipe
+from ltbook.methods.recipe import flat, recipe
 from ltbook.runs.run import make_context, recipe_from, run
 from ltbook.train.bilevel import bilevel_steps, meta_gradient, meta_gradient_reference, no_running_statistics, plain_cross_entropy
 
@@ -236,14 +236,14 @@ class TestTakenOver:
     def test_settings_of_stage_1_come_along(self, start):
         r = recipe_from(start, 'difficulty_net', stage2_lr=.01)
         kept = ('meta_grad', 'driver_weight', 'loss', 'n_meta', 'network_lr')
-        assert [getattr(r.settings, k) for k in kept] == [getattr(start.recipe.settings, k) for k in kept] and r.settings.stage2_lr == .01
+        assert [flat(r)[k] for k in kept] == [flat(start.recipe)[k] for k in kept] and r.settings.stage2_lr == .01
         second = load_run(run(r, start.path.parents[2], start=start))
         assert second.metrics['stage1']['top1'] == start.metrics['stage1']['top1']
 
     def test_refused(self, start, tmp_path):
-        with pytest.raises(UserError, match='meta_grad belong to stage 1'): recipe_from(start, 'difficulty_net', meta_grad='exact')
+        with pytest.raises(UserError, match=r'What belongs to stage 1 \(meta_grad\)'): recipe_from(start, 'difficulty_net', meta_grad='exact')
         with pytest.raises(UserError, match='was not trained as reweighting trains its own'): recipe_from(start, 'reweighting')
-        with pytest.raises(UserError, match='other images'): run(recipe_from(start, 'crt'), tmp_path, start=start)
+        with pytest.raises(UserError, match='was not trained as crt trains its own'): recipe_from(start, 'crt')
 
 
 class TestBadInput:

@@ -219,7 +219,7 @@ def test_large_recipes_are_declared(method):
 
 def test_recipes_of_the_papers():
     d10, d100, s10, s100 = (recipe(m, d, 100, 'paper') for m in ('dirmixe', 'sade') for d in ('cifar10', 'cifar100'))
-    for r in (d10, d100, s10, s100): assert (r.epochs, r.batch_size, r.momentum, r.nesterov, r.schedule, r.settings.rotation) == (200, 128, .9, True, 'step', 15)
+    for r in (d10, d100, s10, s100): assert (r.epochs, r.batch_size, r.momentum, r.nesterov, r.schedule, r.rotation) == (200, 128, .9, True, 'step', 15)
     assert (d10.weight_decay, d100.weight_decay, s10.weight_decay, s100.weight_decay) == (5e-4, 1e-3, 5e-4, 5e-4)
     assert (d10.settings.penalty, d100.settings.penalty, d100.settings.draws, d100.settings.power, d100.settings.concentration) == (15, 5, 60, 1.3, 1e4)
     assert (s10.lr, s10.settings.reduced, s100.lr, s100.settings.tau) == (.05, False, .1, 2)

@@ -67,7 +67,7 @@ def test_who_cannot_grow_says_so(monkeypatch):
     "A method whose first stage is built in another way"
     m = get_method('cross_entropy')
     stiff = replace(m, name='stiff', stages=dict(stage1=lambda c: replace(m.stages['stage1'](c), before_epoch=None)), hidden=True)
-    monkeypatch.setitem(sys.modules['ltbook.methods.method']._methods, 'stiff', stiff)
+    monkeypatch.setitem(sys.modules['ltbook.methods.registry']._methods, 'stiff', stiff)
     with pytest.raises(UserError, match="stiff can't grow: leave first_side out"): make_context(recipe('stiff', profile='smoke', first_side=4), device='cpu')
 
 
@@ -97,7 +97,7 @@ def test_a_search_never_sees_the_test_part(tmp_path):
     test = pixels(counted.parts['test'])
     assert not test & pixels(searched.parts['test']) and not test & pixels(searched.parts['train'])
     assert not pixels(searched.parts['test']) & pixels(searched.parts['train'])
-    assert searched.parts['test'].counts.tolist() == [10]*10 and searched.counts.max() < counted.counts.max()
+    assert searched.parts['test'].counts.tolist() == [10]*10 and searched.trained_counts.max() < counted.trained_counts.max()
     folder = run(recipe('balanced_softmax', hold_out=10, **words), tmp_path)
     found = load_run(folder)
     assert found.metrics['protocol']['test_part'].startswith('not the test set: the last 10') and found.metrics['protocol']['n_test'] == 100

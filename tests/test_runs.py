@@ -197,7 +197,7 @@ def test_plain_papermill_from_anywhere(tmp_path):
     try:
         os.chdir(tmp_path)
         papermill.execute_notebook(str(NOTEBOOK), 'good.ipynb', dict(method='mixup', out='runs', mixup_alpha=.5), progress_bar=False, kernel_name='python3')
-        assert find_runs('runs')[0].recipe.settings.mixup_alpha == .5
+        assert find_runs('runs')[0].recipe.mixup_alpha == .5
         with pytest.raises(papermill.PapermillExecutionError, match='mixup_alpha'):
             papermill.execute_notebook(str(NOTEBOOK), 'bad.ipynb', dict(method='mixup', out='other', mixup_alhpa=.5), progress_bar=False, kernel_name='python3')
         assert not Path('other').exists(), 'refused before training'

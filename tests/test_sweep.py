@@ -18,14 +18,16 @@ class TestGrid:
         "Every cell of the grid is there once, and does what its name says"
         rows = {r['name']: r for r in ablation_grid()}
         for m, v, t, b in itertools.product(('none', 'exact'), (0., .1, .3, 1., 3.), ('relative', 'absolute'), ('cross_entropy', 'balanced_softmax')):
-            s = recipe('difficulty_net', 'cifar100', **rows.pop(f'{m}, lambda {v:g}, {t}, {b}')['changes']).settings
-            assert (s.meta_grad, s.driver_weight, s.loss, s.relative_input) == (m, v, b, True)
+            s = recipe('difficulty_net', 'cifar100', **rows.pop(f'{m}, lambda {v:g}, {t}, {b}')['changes'])
+            loss, s = s.loss, s.settings
+            assert (s.meta_grad, s.driver_weight, loss, s.relative_input) == (m, v, b, True)
             assert s.target == (t if v else 'relative')
         assert [recipe(r['method'], 'cifar100', **r['changes']).settings.relative_input for r in rows.values() if r['method'] == 'difficulty_net'] == [False, False]
-        references = {n: recipe('reweighting', 'cifar100', **r['changes']).settings for n, r in rows.items() if r['method'] == 'reweighting'}
+        found = {n: recipe('reweighting', 'cifar100', **r['changes']) for n, r in rows.items() if r['method'] == 'reweighting'}
+        references = {n: r.settings for n, r in found.items()}
         assert {n: s.tau for n, s in references.items() if s.weights == 'cdb'} == {f'cdb tau {t}': t for t in (.5, 1., 1.5, 2., 'dynamic')}
-        assert sorted(s.loss for s in references.values() if s.weights == 'none') == ['balanced_softmax', 'cross_entropy', 'equalization', 'focal']
-        assert references['class_balanced'].weights == 'class_balanced' and references['focal'].focal_gamma == 1
+        assert sorted(r.loss for r in found.values() if r.settings.weights == 'none') == ['balanced_softmax', 'cross_entropy', 'equalization', 'focal']
+        assert references['class_balanced'].weights == 'class_balanced' and found['focal'].focal_gamma == 1
 
     def test_fresh_every_time(self):
         ablation_grid()[0]['changes']['loss'] = 'focal'

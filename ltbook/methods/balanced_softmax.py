@@ -25,7 +25,7 @@ balanced = register(Method(
     'Ren et al., NeurIPS 2020, arXiv 2007.10740',
     dict(stage1=stage1),
     recipes=(
-        *(Published(d, i, {}, 'ltbook: the recipe of MiSLAS stage 1 with another loss')
+        *(Published(d, i, {}, 'ltbook: the recipe of MiSLAS stage 1 with another loss', False)
           for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
         Published('digits', None, dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits')),
     defaults=dict(loss='balanced_softmax'),

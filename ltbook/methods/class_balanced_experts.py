@@ -276,8 +276,8 @@ RECIPES = (
     Published('places_lt', None, dict(_large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
                                       ratios=(16, 8, 8), learnable=(-1, 3, 3),
                                       generalist_schedule='tens', expert_epochs=(100, 100, 100), expert_schedules=('tens', 'tens', 'tens')), _code),
-    *(Published('cifar100', i, {}, _ours) for i in (200, 100, 50)),
-    *(Published('cifar10', i, dict(splits='quantile'), _ours) for i in (200, 100, 50, 10)),
+    *(Published('cifar100', i, {}, _ours, False) for i in (200, 100, 50)),
+    *(Published('cifar10', i, dict(splits='quantile'), _ours, False) for i in (200, 100, 50, 10)),
     Published('digits', None, dict(epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours),
 )
 class_balanced_experts = register(Method(
@@ -291,4 +291,5 @@ class_balanced_experts = register(Method(
     smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2),
     split=experts_split,
     check=check_depths,
+    stage1='generalist',
     printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

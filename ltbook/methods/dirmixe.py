@@ -86,6 +86,7 @@ dirmixe = register(Method(
 ),
     fast={},
     sweeps=dict(fast=lambda: fast_rows('dirmixe')),
+    stage1='dirmixe',
     printed=dict(stage1=('DirMixE', 'DirMixE')),
     **EXPERTS))
 

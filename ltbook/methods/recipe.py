@@ -41,6 +41,7 @@ class Published:
     imbalance: float | None  # None: for every imbalance of this data set
     changes: dict[str, Any]  # of the recipe or of the method's settings
     source: str  # paper, section, file
+    printed: bool = True  # whether the numbers that are printed for the method are printed for these values
 
 # %% ../../nbs/methods/501_recipe.ipynb #a64491c3
 def _fact(
@@ -183,11 +184,11 @@ def published_row(
 ) -> Published:  # changes and source
     "The published values nearest to what is wanted."
     rows = [p for p in method.recipes if p.dataset == dataset]
-    if not rows: return Published(dataset, imbalance, {}, f'defaults of {method.name}: nothing was published for {dataset}')
+    if not rows: return Published(dataset, imbalance, {}, f'defaults of {method.name}: nothing was published for {dataset}', False)
     exact = [p for p in rows if p.imbalance is None or p.imbalance == imbalance]
     if exact: return exact[0]
     near = min(rows, key=lambda p: abs(math.log(p.imbalance/(imbalance or 1))))
-    return Published(dataset, imbalance, near.changes, f'{near.source}; values of imbalance {near.imbalance:g}, as nothing was published for {imbalance or "none"}')
+    return Published(dataset, imbalance, near.changes, f'{near.source}; values of imbalance {near.imbalance:g}, as nothing was published for {imbalance or "none"}', False)
 
 # %% ../../nbs/methods/501_recipe.ipynb #2ca22e21
 WORDS = ('method', 'dataset', 'imbalance', 'profile', 'source')  # given apart, never as a change

@@ -85,6 +85,7 @@ sade = register(Method(
 ),
     fast={},
     sweeps=dict(fast=lambda: fast_rows('sade')),
+    stage1='sade',
     printed=dict(stage1=('SADE', 'SADE')),
     **EXPERTS))
 
@@ -143,5 +144,6 @@ ride = register(Method(
     Published('inaturalist2018', None, _inaturalist | dict(temperature=0.015), "RIDE, authors' configuration files (ICLR 2021)"),
     Published('digits', None, _cifar | dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
 ),
+    stage1='ride',
     printed=dict(stage1=('SADE', 'RIDE')),
     **EXPERTS))

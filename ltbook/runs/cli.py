@@ -134,7 +134,12 @@ def show_run(run) -> None:
     paper = beside_the_paper(run)
     if len(paper):
         number = lambda v: '' if v != v or v is None else f'{v:.1f}'
-        _print('beside the paper, percent', ('stage', 'measure', 'ours', 'printed', 'source'), [(p.stage, p.measure, number(p.ours), number(p.printed), p.source) for p in paper.itertuples()])
+        same = not any(paper.differs)
+        title = 'beside the paper, percent' if same else 'printed, at the published length, percent'
+        _print(title, ('stage', 'measure', 'ours', 'printed', 'difference', 'source'),
+               [(p.stage, p.measure, number(p.ours), number(p.printed), number(p.difference), p.source) for p in paper.itertuples()])
+        for stage, other in paper.groupby('stage', sort=False).differs.first().items():
+            if other: console.print(f'{stage} is not compared with the paper: {other}.', soft_wrap=True)
     known = ', '.join(f'{k} {v[:8]}' for k, v in run.data.items()) if run.data else 'not recorded'
     console.print(f'data      {known}', soft_wrap=True)
     console.print(f'run       {run.path}', soft_wrap=True)

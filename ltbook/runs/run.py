@@ -146,10 +146,9 @@ def recipe_from(
     own = recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **changes)      # mistakes in words come first
     names = [*m.stages_of(own)]
     if names[0] != 'stage1' or len(names) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
-    trained = get_method(r.method)
-    if trained.stage1 != m.stage1 or trained.split is not m.split:
+    if get_method(r.method).stage1 != m.stage1:
         raise UserError(f'The stage 1 of {start.id} was not trained as {method} trains its own: run without --from, or start from another run.')
-    if r.loss != own.loss:
+    if r.method != method and r.loss != own.loss:
         raise UserError(f'The stage 1 of {start.id} was trained with the loss {r.loss}, {method} asks for {own.loss}: '
                         f'to take it over knowingly add --set loss={r.loss}.')
     theirs = {k: getattr(r, k) for k in STAGE1_FIELDS} | {k: getattr(r.settings, k) for k in m.stage1_settings}

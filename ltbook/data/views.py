@@ -18,6 +18,8 @@ from .stores import ImageSet
 # %% ../../nbs/data/09_views.ipynb #56c2548b
 class View:
     "Positions -> batch. A view of one's own defines `plan` and `apply`."
+    recordable = True  # whether `apply` asks nothing of the device, so that a GPU can record it
+
     def __init__(
         self,
         data: ImageSet,  # images and labels; the batches lie where they lie
@@ -149,6 +151,8 @@ def colour_jitter(
 # %% ../../nbs/data/09_views.ipynb #8d3f8336
 class RandomViews(View):
     "Strong random views: x float (B, C, H, W), normalised, and y int64 (B,)."
+    recordable = False  # which images are jittered is asked
+
     def __init__(
         self,
         data: ImageSet,  # images and labels; the batches lie where they lie

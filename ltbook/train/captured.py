@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.checks import UserError
 from .compute import Compute
 from .feed import planned
-from .stage import KeepBest, Stage
+from .stage import Average, KeepBest, Stage
 
 # %% ../../nbs/train/401_captured_step.ipynb #b961b052
 class TensorSGD:
@@ -111,9 +111,9 @@ def tensor_rates(
 def can_capture(
     stage: Stage,  # any stage
 ) -> bool:  # whether its step is a function of plan, lambda, rate and network alone
-    "Views with `plan`, `load` and `apply`; and a stage that says `recordable`, or has no `before_step` and, without `draw`, no state but the best weights."
-    trusted = stage.draw is not None or all(isinstance(s, KeepBest) for s in stage.state.values())
-    return planned(stage.view) and (stage.recordable or (stage.before_step is None and trusted))
+    "Views with `plan`, `load` and `apply`; and a stage that says `recordable`, or has no `before_step` and, without `draw`, no state but best or averaged weights."
+    trusted = stage.draw is not None or all(isinstance(s, (KeepBest, Average)) for s in stage.state.values())
+    return planned(stage.view) and getattr(stage.view, 'recordable', True) and (stage.recordable or (stage.before_step is None and trusted))
 
 # %% ../../nbs/train/401_captured_step.ipynb #22ceef3a
 class Replay:

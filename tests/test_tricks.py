@@ -1,0 +1,114 @@
+"Optimiser, sharpness-aware steps and averaged weights: by hand, resumed, and captured; and a recipe is all that changes"
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ltbook.data.checks import UserError
+from ltbook.methods.method import context_of, recipe
+from ltbook.methods.registry import get_method
+from ltbook.runs.folder import load_run
+from ltbook.runs.run import run
+from ltbook.train.captured import captured_step
+from ltbook.train.compute import Compute
+from ltbook.train.loop import fit, train_epoch
+from ltbook.train.stage import Average
+
+TRICKS = [dict(optimizer='adamw', lr=1e-4), dict(sam_rho=.05), dict(average='ema', average_decay=.9), dict(average='swa', average_start=.25),
+          dict(loss='focal', mixup_alpha=1.), dict(loss='equalization'), dict(optimizer='adamw', lr=1e-4, sam_rho=.1, average='ema')]
+SMALL = dict(epochs=4, batch_size=64, max_steps=3)
+
+
+def stage_of(method='balanced_softmax', **changes):
+    return get_method(method).stages_of(r := recipe(method, 'digits', **SMALL | changes))['stage1'](context_of(r))
+
+
+@pytest.mark.parametrize('changes', TRICKS, ids=str)
+def test_killed_and_resumed_to_the_bit(changes, tmp_path):
+    class Killed(Exception): pass
+    def kill(row):
+        if row['epoch'] == 1: raise Killed
+    whole, part, again = (stage_of(**changes) for _ in range(3))
+    fit(whole, Compute())
+    with pytest.raises(Killed): fit(part, Compute(), tmp_path, report=kill)
+    fit(again, Compute(), tmp_path)
+    for k, v in whole.network.state_dict().items(): assert torch.equal(v, again.network.state_dict()[k]), k
+
+
+@pytest.mark.parametrize('changes', TRICKS, ids=str)
+def test_captured_is_plain(changes):
+    "On buffers of its own, without recording; rates change from epoch to epoch"
+    found = []
+    for capture in (False, True):
+        stage, compute, rng = stage_of(**changes), Compute(capture=capture), np.random.default_rng(1)
+        compute.prepare(stage.network)
+        optimizer = stage.optimizer()
+        step = captured_step(stage, optimizer, compute)
+        assert (step is not None) == capture
+        losses = [train_epoch(stage, e, optimizer, rng, compute, step=step)[0] for e in range(3)]
+        with stage.evaluated(): found.append((losses, torch.cat([p.detach().flatten() for p in stage.network.parameters()])))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5)
+    near = 2e-4 if changes.get('optimizer') == 'adamw' else 1e-5      # its steps are as long for small gradients as for large ones
+    torch.testing.assert_close(found[0][1], found[1][1], atol=near, rtol=0)
+
+
+def test_sharpness_by_hand():
+    "Gradient where the loss climbs to, step from where the weights were; BatchNorm statistics follow the first pass"
+    a, b = stage_of(sam_rho=.1), stage_of()
+    b.network.load_state_dict(a.network.state_dict())
+    b.network.train(), a.network.train()
+    batch, opt = b.view(np.arange(64), np.random.default_rng(0)), a.optimizer()
+    for g in opt.param_groups: g['lr'] = .1
+    a.update(batch, opt, Compute())
+    loss = b.loss(b.network(batch['x']), batch)
+    loss.backward()
+    statistics = {k: v.clone() for k, v in b.network.state_dict().items() if 'running' in k}
+    grads = [p.grad.clone() for p in b.network.parameters()]
+    length = torch.sqrt(sum((g**2).sum() for g in grads))
+    moved = copy.deepcopy(b.network)
+    with torch.no_grad():
+        for p, g in zip(moved.parameters(), grads): p += .1*g/length
+    moved.zero_grad()
+    b.loss(moved(batch['x']), batch).backward()
+    with torch.no_grad():
+        for p, q in zip(b.network.parameters(), moved.parameters()): p -= .1*(q.grad + 2e-4*p)
+    for p, q in zip(a.network.parameters(), b.network.parameters()): torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    for k, v in statistics.items(): torch.testing.assert_close(a.network.state_dict()[k], v)
+
+
+def test_swa_is_the_mean_of_the_last_epochs():
+    net, kept = nn.Linear(3, 2), []
+    average, g = Average(net, 'swa', first=2), torch.Generator().manual_seed(0)
+    for epoch in range(6):
+        with torch.no_grad(): net.weight.copy_(torch.randn(2, 3, generator=g))
+        average.after_step(), average.after_epoch(epoch)
+        if epoch >= 2: kept.append(net.weight.detach().clone())
+    with average.in_place(): torch.testing.assert_close(net.weight.detach(), torch.stack(kept).mean(0))
+    assert torch.equal(net.weight, kept[-1])
+
+
+@pytest.mark.parametrize('kind', ['ema', 'swa'])
+def test_the_average_is_what_is_tested_and_saved(kind, tmp_path):
+    "And the run says so"
+    r = recipe('cross_entropy', 'digits', **SMALL, average=kind, average_start=.25, test_every=2)
+    done = load_run(run(r, tmp_path, device='cpu'))
+    assert done.metrics['protocol']['weights'] == f'{kind} average'
+    from ltbook.runs.evaluate import evaluate
+    assert np.isclose(evaluate(done, weights=True, device='cpu').metrics['final']['nll'], done.metrics['final']['nll'], rtol=1e-5)
+    raw = load_run(run(r.model_copy(update=dict(average='none')), tmp_path, device='cpu'))
+    assert raw.metrics['final']['nll'] != done.metrics['final']['nll'] and 'weights' not in raw.metrics['protocol']
+
+
+def test_what_a_method_does_not_use_is_refused():
+    for method, changes in (('sade', dict(mixup_alpha=1.)), ('dirmixe', dict(loss='focal')), ('difficulty_net', dict(sam_rho=.1)),
+                            ('supcon', dict(auto_augment=True))):
+        with pytest.raises(UserError, match=f'{method} does not use {next(iter(changes))}'): recipe(method, 'digits', **changes)
+
+
+@pytest.mark.parametrize('method', ['mislas', 'crt', 'sade', 'class_balanced_experts', 'reweighting', 'supcon'])
+def test_every_method_has_them(method, tmp_path):
+    "Averaged weights and another optimizer, through a whole run"
+    r = recipe(method, 'digits', profile='smoke', average='ema', optimizer='adamw', lr=1e-3)
+    assert load_run(run(r, tmp_path, device='cpu')).metrics['protocol']['weights'] == 'ema average'

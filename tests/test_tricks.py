@@ -49,7 +49,7 @@ def test_captured_is_plain(changes):
         assert (step is not None) == capture
         losses = [train_epoch(stage, e, optimizer, rng, compute, step=step)[0] for e in range(3)]
         with stage.evaluated(): found.append((losses, torch.cat([p.detach().flatten() for p in stage.network.parameters()])))
-    near = 2e-4 if changes.get('optimizer') == 'adamw' else 1e-5      # its steps are as long for small gradients as for large ones
+    near = 5e-4 if changes.get('optimizer') == 'adamw' else 1e-5      # its steps are as long for small gradients as for large ones
     np.testing.assert_allclose(found[0][0], found[1][0], atol=near)
     torch.testing.assert_close(found[0][1], found[1][1], atol=near, rtol=0)
 

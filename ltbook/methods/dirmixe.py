@@ -16,7 +16,7 @@ from ..data.checks import UserError
 from ..data.images import ImageData
 from ..losses.dirichlet import DirichletPool, component_means, dirmixe_loss
 from .fast import fast_rows
-from .method import Context, Method, Published, get_method, register
+from .method import Context, Method, Published, get_method, recipe, register
 from .sade import EXPERTS, ExpertSettings, expert_stage
 from ..train.bench import noise_images, stage_step, take_turns
 from ..train.stage import Stage

@@ -1,5 +1,5 @@
 "`python -m ltbook`, the same as the command `ltbook`."
 
 if __name__ == "__main__":
-    from ltbook.runs.cli import main
+    from ltbook.cli.main import main
     main()

@@ -16,7 +16,7 @@ from ltbook.runs import bench, seeds
 from ltbook.runs.bench_testing import plain_measures
 from ltbook.runs.bench_training import IMPORTS, NotRun, child, not_run, versus
 from ltbook.runs.time_to_accuracy import evidence
-from ltbook.runs.cli import app
+from ltbook.cli.main import app
 from ltbook.runs.folder import find_runs
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run

@@ -12,7 +12,7 @@ from ltbook.data.checks import UserError
 from ltbook.data.fingerprint import find_copies
 from ltbook.data.images import load_images
 from ltbook.data.stores import ImageSet, write_h5
-from ltbook.runs.cli import app
+from ltbook.cli.main import app
 from ltbook.runs.evaluate import evaluate, logits_from_weights
 from ltbook.runs.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id

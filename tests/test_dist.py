@@ -85,12 +85,12 @@ def test_sdist_can_be_installed_and_runs(built, tmp_path):
 
 def test_every_help(installed, tmp_path):
     "Exit 0, and the text; also as a module"
-    from ltbook.runs.cli import app
+    from ltbook.cli.main import app
     assert VERBS == sorted(c.name for c in app.registered_commands)
     top = ltbook(installed, '--help', cwd=tmp_path)
     assert top.returncode == 0 and all(v in top.stdout for v in VERBS)
     assert call(installed, '-m', 'ltbook', '--help', cwd=tmp_path).stdout == top.stdout
-    code = ('from typer.testing import CliRunner; from ltbook.runs.cli import app\n'
+    code = ('from typer.testing import CliRunner; from ltbook.cli.main import app\n'
             f'for v in {VERBS}:\n'
             '    p = CliRunner().invoke(app, [v, "--help"]); print(v, p.exit_code, "Usage" in p.output, "Failed" in p.output)')
     lines = call(installed, '-c', code, cwd=tmp_path).stdout.splitlines()

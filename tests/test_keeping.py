@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent/'faults'))
 import damage
 import pairs
 from ltbook.data.checks import UserError
-from ltbook.runs.cli import app
+from ltbook.cli.main import app
 from ltbook.runs.folder import load_run, run_id, scan_runs
 from ltbook.runs.keeping import LOCKS, PASSING, owned, still_owned, verify_files
 from ltbook.methods.recipe import recipe

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ltbook.data.checks import UserError
 from ltbook.data.images import data_root
-from ltbook.runs.cli import app
+from ltbook.cli.main import app
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.run import recipe_from, run
@@ -23,7 +23,7 @@ from ltbook.train.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT/'nbs'/'experiments'/'80_run.ipynb'
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', COLUMNS='160')
-CLI = [sys.executable, '-c', 'from ltbook.runs.cli import main; main()']
+CLI = [sys.executable, '-c', 'from ltbook.cli.main import main; main()']
 
 
 def ltbook(*words, cwd=None): return subprocess.run([*CLI, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True)

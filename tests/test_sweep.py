@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from ltbook.data.checks import UserError
 from ltbook.methods.difficulty_net import ablation_grid
 from ltbook.methods.method import Method, methods
-from ltbook.runs.cli import app
+from ltbook.cli.main import app
 from ltbook.methods.recipe import recipe
 from ltbook.runs.sweep import choose, is_row, listing, sweep, sweep_rows
 

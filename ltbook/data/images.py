@@ -77,7 +77,7 @@ def _digits() -> tuple[ImageSet, ImageSet]:
 def _download_cifar(name, path):
     "Fetch the official archive of CIFAR-10 or -100, checked by torchvision, and write it to `path`"
     from torchvision import datasets
-    fetch = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
+    fetch, new = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name], not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{name}-') as tmp:
@@ -85,7 +85,8 @@ def _download_cifar(name, path):
             parts = [ImageSet(torch.from_numpy(r.data), torch.tensor(r.targets), tuple(r.classes)) for r in raw]
             write_h5(path, *parts, source='official archive by torchvision, original order')
     except (OSError, RuntimeError) as e:
-        hint = f'put {path.name} into {path.parent}, or set LTBOOK_DATA to the folder that holds it'
+        if new and path.parent.exists(): path.parent.rmdir()
+        hint = f'put {path.name} into {path.parent}, or name the folder that holds it: --data-root, or LTBOOK_DATA'
         raise UserError(f'{name} could not be downloaded ({e}); {hint}.') from e
 
 def _moments(images):

@@ -129,6 +129,8 @@ def load_run(
 ) -> Run:  # its recipe and measures; logits and history are read when asked for
     "Read a run. Raises `UserError` for a folder that is not a run, is half written, or is damaged."
     path = Path(path)
+    if not (path/'recipe.json').exists() and (path/'done.json').exists():
+        raise UserError(f'The run in {path} has lost its recipe.json. Remove the folder and run it again.')
     if not (path/'recipe.json').exists():
         raise UserError(f'{path} is not a run folder: it has no recipe.json. List finished runs with: ltbook show')
     if not (path/'done.json').exists():
@@ -209,7 +211,7 @@ def resolve_run(
 ) -> Run:  # finished
     "Find a finished run. Raises `UserError` with near matches."
     for place in (Path(text), out/text):
-        if (place/'recipe.json').exists(): return load_run(place)
+        if any((place/n).exists() for n in ('recipe.json', 'done.json')): return load_run(place)
     known = [r.id for r in find_runs(out, hold_out=None)]
     near = get_close_matches(text, known, 3, 0.5)
     raise UserError(f'There is no run {text!r} here.' + (f' Did you mean {" or ".join(near)}?' if near else '') + ' List finished runs with: ltbook show')

@@ -107,7 +107,8 @@ def owned(
             who = lock.owner
             owner = f'process {who.pid} on {who.hostname}' if who else 'another process'
             say(f'{folder} is being written by {owner}: waiting for it. Ctrl-C ends the waiting and leaves it alone.')
-            lock.acquire(poll_interval=0.5)
+            try: lock.acquire(poll_interval=0.5)
+            except KeyboardInterrupt as e: raise type(e)(f'No longer waiting; {owner} goes on with the run.') from None
     except OSError as e:
         raise UserError(f'Cannot write into {folder}: {e.strerror or e}. Choose another place with --out.') from None
     try: yield lock

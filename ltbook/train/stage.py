@@ -64,7 +64,7 @@ class Stage:
         if self.batch_size < 1: raise UserError(f'batch_size must be at least 1, got {self.batch_size}.')
         if self.epochs and self.batch_size > len(self.sampler):
             raise UserError(f'batch_size {self.batch_size} is larger than one epoch of {len(self.sampler)} samples in {self.name}: '
-                            f'use --set batch_size={max(1, len(self.sampler)//4)} or less.')
+                            f'use --set batch_size={max(1, len(self.sampler)//4)}, or anything up to {len(self.sampler)}.')
 
     @property
     def n_batches(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from typer.testing import CliRunner
 
 from ltbook.data.checks import UserError
-from ltbook.runs.cli import app
+from ltbook.cli.main import app
 from ltbook.runs.evaluate import evaluate
 from ltbook.runs.folder import load_run, run_id
 from ltbook.methods.recipe import recipe

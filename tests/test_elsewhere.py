@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ltbook.data.sampling as sampling
-import ltbook.data.augment as augment
+import ltbook.data.views as views
 import ltbook.runs.run as running
 import ltbook.train.loop as loop
 from ltbook.data.auto_augment import AutoAugment
@@ -34,7 +34,7 @@ class Killed(Exception): pass
 def elsewhere(monkeypatch):
     monkeypatch.setattr(running, 'find_device', lambda name: DEVICE if name == 'auto' else torch.device(name))
     for place in (running, loop): monkeypatch.setattr(place, 'load_state', lambda path: mark(load_state(path), False))         # files are read by the processor
-    monkeypatch.setattr(augment, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
+    monkeypatch.setattr(views, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
     return Elsewhere()
 
 

@@ -81,6 +81,12 @@ def own_file():
     return same[0] if same else GOLDEN/('-'.join(words).replace(' ', '_') + '.json')
 
 
+def stored():
+    "The runs of every file, the first processor's first."
+    files = [FIRST, *sorted(set(GOLDEN.glob('*.json')) - {FIRST})]
+    return [json.loads(f.read_text())['runs'] for f in files]
+
+
 def compare(key, found):
     "Equal to the stored run; on another processor within tolerances."
     own = own_file()
@@ -88,10 +94,11 @@ def compare(key, found):
         runs = json.loads(own.read_text())['runs'] if own.exists() else {}
         runs = dict(sorted((runs | {key: found}).items()))
         own.write_text(json.dumps(dict(made_on=processor(), runs=runs), indent=1) + '\n')
-    if own.exists():
-        assert found == json.loads(own.read_text())['runs'][key]
+    here = json.loads(own.read_text())['runs'] if own.exists() else {}
+    if key in here:
+        assert found == here[key]
         return
-    want = json.loads(FIRST.read_text())['runs'][key]
+    want = next(runs[key] for runs in stored() if key in runs)      # a run that is younger than a processor's file
     assert list(found['stages']) == list(want['stages'])
     wide = 5 if 'bf16' in key else 1      # eight bits of mantissa
     for stage, values in want['stages'].items():
@@ -123,6 +130,5 @@ def test_second_stage(method, tmp_path):
 
 def test_every_run_is_compared():
     "No golden run without a test, no method without a golden run"
-    for file in GOLDEN.glob('*.json'):
-        stored = json.loads(file.read_text())['runs']
-        assert set(stored) == {*(name(*c) for c in CASES), *(f'digits-mixup-then-{m}' for m in SECOND)}, file.name
+    expected = {*(name(*c) for c in CASES), *(f'digits-mixup-then-{m}' for m in SECOND)}
+    assert set().union(*stored()) == expected

@@ -1,0 +1,80 @@
+"Numbers in README.md and outputs/README.md are those of the runs that their rows name"
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MEASURES = {'many': 'many', 'medium': 'medium', 'few': 'few', 'all': 'top1', 'ECE': 'ece15', 'Brier': 'brier'}
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
+
+
+def tables(path):
+    "Rows of every table that has a column `runs`, as dictionaries."
+    head = None
+    for line in path.read_text().splitlines():
+        if not line.startswith('|'):
+            head = None
+            continue
+        if head is None:
+            head = cells(line)
+            continue
+        if 'runs' in head and not set(line) <= set('|-: '):
+            row = dict(zip(head, cells(line)))
+            assert len(cells(line)) == len(head), line
+            yield row
+
+
+def named(pattern):
+    "`a/{0,1}-b` -> [a/0-b, a/1-b]"
+    many = re.search(r'\{([^}]*)\}', pattern)
+    return [pattern.replace(many[0], one) for one in many[1].split(',')] if many else [pattern]
+
+
+def shown(values):
+    if not values: return 'n/a'
+    text = f'{np.mean(values):.1f}'
+    return f'{text} ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else text
+
+
+ROWS = [
+    pytest.param(row, id=f"{path.parent.name}-{i}-{row[next(iter(row))]}".replace(' ', '_'))
+    for path in (ROOT/'README.md', ROOT/'outputs'/'README.md')
+    for i, row in enumerate(tables(path))
+]
+
+
+def test_there_are_rows():
+    assert len(ROWS) > 20
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_row(row):
+    runs = named(re.fullmatch(r'`([^`]+)`', row['runs'])[1])
+    assert len(runs) == int(row['seeds'])
+    said = re.search(r'stage\d', row[next(iter(row))])
+    stage = row['stage'].strip('`') if 'stage' in row else said[0] if said else 'final'
+    for column, measure in MEASURES.items():
+        if not row.get(column): continue
+        values = []
+        for name in runs:
+            assert (ROOT/'outputs'/name/'done.json').exists(), name
+            metrics = json.loads((ROOT/'outputs'/name/'metrics.json').read_text())
+            if metrics[stage][measure] is not None: values.append(100*metrics[stage][measure])
+        assert row[column] == shown(values), (column, runs)
+    if row.get('difference'):
+        printed = float(row['printed'].split(',')[0])
+        assert row['difference'] == f"{float(row['all'].split()[0]) - printed:+.1f}"
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT/'README.md').read_text()
+    assert len(text.encode()) <= 6000
+    for page in (ROOT/'README.md', ROOT/'outputs'/'README.md', ROOT/'CONTRIBUTING.md'):
+        for link in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
+            if not link.startswith('http'): assert (page.parent/link).exists(), (page.name, link)

@@ -15,7 +15,8 @@ from ..train.stage import Stage
 def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
-    "Instance-balanced training under the loss of the recipe, balanced softmax with the train counts as prior."
+    ("Instance-balanced training under the loss of the recipe, "
+     "balanced softmax with the train counts as prior.")
     return representation_stage(context)
 
 # %% ../../nbs/methods/55_balanced_softmax.ipynb #dc2f7876

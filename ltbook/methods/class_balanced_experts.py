@@ -34,8 +34,8 @@ Rate = Literal['thirds', 'tens', 'cosine']
 
 class ExpertSettings(Settings):
     "What Class-Balanced Experts add to a recipe."
-    protocol: Literal['H', 'V'] = 'H'  # validation images: held out of the long tail, or reserved before it is cut
-    splits: Literal['thresholds', 'quantile'] | tuple[tuple[int, ...], ...] = 'thresholds'  # or lists of class ids
+    protocol: Literal['H', 'V'] = 'H'  # validation images: held out of the tail, or reserved before it is cut
+    splits: Literal['thresholds', 'quantile'] | tuple[tuple[int, ...], ...] = 'thresholds'  # or class ids
     low: int = 20  # fewer train images: few-shot
     high: int = 100  # from here on many-shot
     many_inclusive: bool = True  # whether `high` itself is many-shot, as in this paper
@@ -51,9 +51,9 @@ class ExpertSettings(Settings):
     generalist_schedule: Literal['recipe', 'thirds', 'tens', 'cosine'] = 'recipe'
     generalist_patience: int | None = None  # under V; None trains to the end and keeps the best epoch
     patience: int = 15  # of the experts, under V
-    frozen_bn: Literal['train', 'eval'] = 'train'  # statistics of frozen layers: drift, as in the released code, or stay
-    parameters: Literal['protocol', 'tied', 'per_logit'] = 'protocol'  # of the calibration: tied under H, per logit under V
-    calibrate_on: Literal['val', 'train'] = 'val'  # train is for the ablation: experts fit those images almost perfectly
+    frozen_bn: Literal['train', 'eval'] = 'train'  # statistics of frozen layers: drift (released code), or stay
+    parameters: Literal['protocol', 'tied', 'per_logit'] = 'protocol'  # tied under H, per logit under V
+    calibrate_on: Literal['val', 'train'] = 'val'  # train, for the ablation: experts fit it almost perfectly
     calibration_epochs: int = 90
     calibration_batch: int = 64
     calibration_lr: float = 0.1
@@ -67,14 +67,15 @@ def expert_classes(
     "Who gets which classes. Raises `UserError` as `class_splits`, and for more than three parts."
     s = recipe.settings
     splits = class_splits(counts, s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
-    if len(splits) > 3: raise UserError(f'A run has up to three experts, not {len(splits)}: use fewer lists of classes, or --set n_experts=3.')
+    if len(splits) > 3: raise UserError(
+        f'A run has up to three experts, not {len(splits)}: use fewer lists of classes, or --set n_experts=3.')
     if s.splits == 'thresholds': return [splits.get(k) for k in ('many', 'medium', 'few')]
     return [*splits.values(), None][:3]
 
 def experts_split(
     recipe,  # with imbalance, long_tail, data_seed and settings
     data: ImageData,  # whole data set
-) -> tuple[dict[str, ImageSet], LongTail]:  # parts train, val, test; the long tail before images were held out
+) -> tuple[dict[str, ImageSet], LongTail]:  # parts train, val, test; the long tail before hold-out
     "Train, validation and test part under protocol H or V. Raises `UserError` for what can't be trained."
     s, r = recipe.settings, recipe
     if s.protocol == 'H':
@@ -95,9 +96,10 @@ def train_only(
     learnable: int,  # -1 or 1..5
 ) -> nn.Module:  # the same
     "Freeze all but the last units. Raises `UserError` for a depth there is not, warns for 2."
-    if learnable not in (-1, 1, 2, 3, 4, 5): raise UserError(f'learnable is -1 (everything) or 1 to 5 units from the head on for this network, '
-                                                             f'got {learnable}.')
-    if learnable == 2: warnings.warn('This network has no further linear layer before its head: learnable=2 is the same as 1.', stacklevel=2)
+    if learnable not in (-1, 1, 2, 3, 4, 5): raise UserError(
+        f'learnable is -1 (everything) or 1 to 5 units from the head on for this network, got {learnable}.')
+    if learnable == 2: warnings.warn(
+        'This network has no further linear layer before its head: learnable=2 is the same as 1.', stacklevel=2)
     units = [network.head, *reversed(network.groups)][:max(1, learnable - 1)]
     network.requires_grad_(learnable == -1)
     for u in units: u.requires_grad_(True)
@@ -119,8 +121,8 @@ def expert_mode(
         if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad: m.eval()
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #60dade99
-SCHEDULES = dict(thirds=lambda e, n, lr: step_schedule(e, n, lr, warmup=0, drops=(1/3, 2/3)), tens=lambda e, n, lr: lr*0.1**(e//10),
-                 cosine=cosine_schedule)
+SCHEDULES = dict(thirds=lambda e, n, lr: step_schedule(e, n, lr, warmup=0, drops=(1/3, 2/3)),
+                 tens=lambda e, n, lr: lr*0.1**(e//10), cosine=cosine_schedule)
 
 def raw_logits(
     context: Context,  # with a part test and the one to calibrate on
@@ -139,7 +141,8 @@ def keep_best(
 ) -> Stage:  # the same
     "Keep the epoch with the best accuracy on `part`, and stop after `patience` epochs without a better one."
     view = PlainView(part)
-    def accuracy(): return (predict(stage.network, view, len(part))['logits'].argmax(1) == part.labels.cpu()).double().mean().item()
+    def accuracy(): return (
+        predict(stage.network, view, len(part))['logits'].argmax(1) == part.labels.cpu()).double().mean().item()
     best = KeepBest(stage.network, accuracy, patience)
     stage.state, stage.after_epoch, stage.stop, stage.at_end = dict(best=best), best.look, best.stop, best.put_back
     stage.selection = 'best_on_val'
@@ -182,13 +185,14 @@ def expert(
     part, length = expert_part(context.train, ids, s.ratios[i], r.data_seed), s.expert_epochs[i]
     net = train_only(expert_network(context, len(ids), number), s.learnable[i])
     stage = Stage(f'expert{number}', net, InstanceBalanced(part.labels.cpu(), seed=r.seed + number),
-                  context.view(part, mixup_alpha=0.),
-                  lambda z, b: mixed_cross_entropy(z, b['y']), lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr), epochs=length,
-                  batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
-                  weight_decay=s.expert_weight_decay,
-                  seed=r.seed, set_mode=lambda n: expert_mode(n, s.frozen_bn))
+                  context.view(part, mixup_alpha=0.), lambda z, b: mixed_cross_entropy(z, b['y']),
+                  lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr), epochs=length,
+                  batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum,
+                  nesterov=r.nesterov, weight_decay=s.expert_weight_decay, seed=r.seed,
+                  set_mode=lambda n: expert_mode(n, s.frozen_bn))
     stage.outputs = lambda: raw_logits(context, net) | dict(classes=torch.as_tensor(ids))
-    return keep_best(stage, context, expert_part(context.parts['val'], ids, 1, r.data_seed), s.patience) if s.protocol == 'V' else stage
+    return (keep_best(stage, context, expert_part(context.parts['val'], ids, 1, r.data_seed), s.patience)
+            if s.protocol == 'V' else stage)
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #62fead35
 def members(
@@ -210,7 +214,8 @@ def side_by_side(
         a = context.logits[k]
         z.append(torch.from_numpy(a['val_raw'] if part == 'val' else a['raw' if ids is not None else 'logits']))
         check_logits(z[-1], ids, context.n_classes, k, rejects=False)
-        if ids is not None and (z[-1].argmax(1) == len(ids)).all(): warnings.warn(f'{k} rejects every image of the part {part}.', stacklevel=2)
+        if ids is not None and (z[-1].argmax(1) == len(ids)).all():
+            warnings.warn(f'{k} rejects every image of the part {part}.', stacklevel=2)
     return torch.cat(z, 1)
 
 def calibration_stage(
@@ -230,8 +235,8 @@ def calibration_stage(
     data = dict(x=x, y=y, weight=len(y)/((v > 0).sum()*v)[y])
     return Stage(name, net, InstanceBalanced(y.cpu().unique(return_inverse=True)[1], seed=seed),
                  lambda i, rng: {k: a[torch.as_tensor(i, device=y.device)] for k, a in data.items()},
-                 lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(), lr=lambda e: SCHEDULES['thirds'](e, epochs, lr),
-                 epochs=epochs,
+                 lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(),
+                 lr=lambda e: SCHEDULES['thirds'](e, epochs, lr), epochs=epochs,
                  batch_size=min(batch_size, len(y)), weight_decay=5e-4, seed=seed, **more)
 
 def fusion_stage(
@@ -243,53 +248,53 @@ def fusion_stage(
 ) -> Stage:  # over the parameters of the fusion
     "Fuse the stored logits, with or without learned scales and biases."
     s, r, who, device = context.settings, context.recipe, members(context, full), context.compute.device
-    ratios = [1 if ids is None else len(ids) if s.ratios[int(k[-1]) - 1] == -1 else s.ratios[int(k[-1]) - 1] for k, ids in who.items()]
+    ratios = [1 if ids is None else len(ids) if s.ratios[int(k[-1]) - 1] == -1 else s.ratios[int(k[-1]) - 1]
+              for k, ids in who.items()]
     tied = s.parameters == 'tied' or (s.parameters == 'protocol' and s.protocol == 'H')
     net = JointCalibration(list(who.values()), context.n_classes, ratios if shift else None, tied).to(device)
     x = side_by_side(context, 'val', full).to(device)
-    stage = calibration_stage(net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr,
-                              s.calibration_batch, r.seed,
-                              steps=r.max_steps, momentum=r.momentum)
+    stage = calibration_stage(
+        net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr,
+        s.calibration_batch, r.seed, steps=r.max_steps, momentum=r.momentum)
     def outputs():
-        with torch.no_grad(): return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
-    stage.outputs, stage.selection = outputs, 'best_on_val' if s.protocol == 'V' else 'last'     # of the networks under it
+        with torch.no_grad():
+            return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
+    stage.outputs, stage.selection = outputs, 'best_on_val' if s.protocol == 'V' else 'last'  # of the networks
     return stage
 
-def calibrated(context: Context) -> Stage: return fusion_stage(context, 'calibrated', epochs=context.settings.calibration_epochs)
+def calibrated(context: Context) -> Stage:
+    return fusion_stage(context, 'calibrated', epochs=context.settings.calibration_epochs)
 
 def extended(context: Context) -> Stage | None:
-    return fusion_stage(context, 'extended', epochs=context.settings.calibration_epochs, full=True) if context.settings.extended else None
+    return (fusion_stage(context, 'extended', epochs=context.settings.calibration_epochs, full=True)
+            if context.settings.extended else None)
 
-STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lambda c: expert(c, 2), expert3=lambda c: expert(c, 3),
-              fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False), fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated,
-              extended=extended)
+STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lambda c: expert(c, 2),
+              expert3=lambda c: expert(c, 3), fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False),
+              fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated, extended=extended)
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #1591c834
-_code, _ours = 'authors\' released code (GCPR 2020), values its script really uses', 'ltbook: carried over, as the paper has no such data'
-_large = dict(protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256), weight_decay=5e-4, epochs=100,
-              schedule='cosine', generalist_patience=15,
-              ratios=(16, 16, 16), learnable=(-1, 3, 1), expert_epochs=(100, 100, 60), expert_schedules=('tens', 'tens', 'cosine'),
-              calibration_batch=256)
+_code, _ours = ('authors\' released code (GCPR 2020), values its script really uses',
+                'ltbook: carried over, as the paper has no such data')
+_large = dict(
+    protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256), weight_decay=5e-4,
+    epochs=100, schedule='cosine', generalist_patience=15, ratios=(16, 16, 16), learnable=(-1, 3, 1),
+    expert_epochs=(100, 100, 60), expert_schedules=('tens', 'tens', 'cosine'), calibration_batch=256)
 
 RECIPES = (
     Published('imagenet_lt', None, dict(_large, backbone='resnet10'), _code),
-    Published('places_lt', None, dict(_large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
-                                      ratios=(16, 8, 8), learnable=(-1, 3, 3),
-                                      generalist_schedule='tens', expert_epochs=(100, 100, 100), expert_schedules=('tens', 'tens', 'tens')), _code),
+    Published('places_lt', None, dict(
+        _large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
+        ratios=(16, 8, 8), learnable=(-1, 3, 3), generalist_schedule='tens', expert_epochs=(100, 100, 100),
+        expert_schedules=('tens', 'tens', 'tens')), _code),
     *(Published('cifar100', i, {}, _ours, False) for i in (200, 100, 50)),
     *(Published('cifar10', i, dict(splits='quantile'), _ours, False) for i in (200, 100, 50, 10)),
-    Published('digits', None, dict(epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours),
-)
+    Published('digits', None, dict(
+        epochs=100, splits='quantile', ratios=(4, 2, 2), expert_batches=(64, 32, 16)), _ours))
 class_balanced_experts = register(Method(
-    'class_balanced_experts',
-    'experts for parts of the classes, jointly calibrated',
+    'class_balanced_experts', 'experts for parts of the classes, jointly calibrated',
     'Sharma et al., GCPR 2020, arXiv 2004.03706',
-    STAGES,
-    ExpertSettings,
-    RECIPES,
-    short=dict(expert_epochs=(12, 12, 20)),
-    smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2),
-    split=experts_split,
-    check=check_depths,
-    stage1='generalist',
+    STAGES, ExpertSettings, RECIPES,
+    short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2),
+    split=experts_split, check=check_depths, stage1='generalist',
     printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

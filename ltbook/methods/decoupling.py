@@ -9,7 +9,8 @@ __all__ = ['crt', 'lws', 'tau_norm', 'DecouplingSettings', 'TauSettings', 'stage
 import torch
 from ..losses.cross_entropy import mixed_cross_entropy
 from .fast import fast_rows
-from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
+from .method import (
+    Context, Length, Method, NonNegative, Positive, Published, Settings, register)
 from .stages import classifier_stage, representation_stage
 from ..models.heads import HEADS, ScaledHead, tau_normalized
 from ..train.stage import Stage
@@ -41,7 +42,13 @@ def crt_stage2(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.recipe.seed + 1)
         net.head = HEADS[context.recipe.head](net.n_features, context.n_classes).to(context.compute.device)
-    return classifier_stage(context, [dict(params=list(net.head.parameters()))], lambda z, b: mixed_cross_entropy(z, b['y']), s.stage2_epochs, s.stage2_lr, s.shift_bn)
+    return classifier_stage(
+        context,
+        [dict(params=list(net.head.parameters()))],
+        lambda z, b: mixed_cross_entropy(z, b['y']),
+        s.stage2_epochs,
+        s.stage2_lr,
+        s.shift_bn)
 
 # %% ../../nbs/methods/54_decoupling.ipynb #e63b67a8
 def lws_stage2(
@@ -50,7 +57,13 @@ def lws_stage2(
     "Learnable weight scaling."
     net, s = context.network, context.settings
     net.head = ScaledHead(net.head, context.n_classes).to(context.compute.device)
-    return classifier_stage(context, [dict(params=[net.head.scale])], lambda z, b: mixed_cross_entropy(z, b['y']), s.stage2_epochs, s.stage2_lr, s.shift_bn)
+    return classifier_stage(
+        context,
+        [dict(params=[net.head.scale])],
+        lambda z, b: mixed_cross_entropy(z, b['y']),
+        s.stage2_epochs,
+        s.stage2_lr,
+        s.shift_bn)
 
 # %% ../../nbs/methods/54_decoupling.ipynb #4fb24ecb
 def tau_stage2(
@@ -65,8 +78,11 @@ def tau_stage2(
 # %% ../../nbs/methods/54_decoupling.ipynb #23285076
 _source = 'MiSLAS, comparison rows +mixup (CVPR 2021); stage-2 rate not published'
 _rows = (
-    *(Published(d, i, dict(mixup_alpha=1.0), _source) for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
-    Published('digits', None, dict(epochs=100, mixup_alpha=1.0), 'ltbook: the CIFAR-10 values, as no paper uses digits'))
+    *(Published(d, i, dict(mixup_alpha=1.0), _source)
+      for d in ('cifar10', 'cifar100') for i in (100, 50, 10)),
+    Published(
+        'digits', None, dict(epochs=100, mixup_alpha=1.0),
+        'ltbook: the CIFAR-10 values, as no paper uses digits'))
 _paper, _mixup = 'Kang et al., ICLR 2020, arXiv 1910.09217', dict(stage1=('MiSLAS', 'CE+mixup'))
 
 crt = register(Method(

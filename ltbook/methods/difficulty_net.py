@@ -17,7 +17,8 @@ from ..data.checks import UserError
 from ..data.sampling import InstanceBalanced
 from .method import Context, Length, Method, NonNegative, Positive, Published, register
 from ltbook.methods.reweighting import (
-    DEFAULTS, SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, check, meta_split, stage1_settings, stage2,
+    DEFAULTS, SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, check, meta_split,
+    stage1_settings, stage2,
     weighted_stage)
 from .stages import recipe_loss
 from ..models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
@@ -30,7 +31,8 @@ class DifficultySettings(MetaSettings):
     meta_grad: Literal['exact', 'none'] = 'exact'  # as described, or as released: the driver alone
     driver_weight: NonNegative = 0.3  # lambda
     target: Literal['relative', 'absolute'] = 'relative'  # of the driver
-    relative_input: bool = True  # the network sees all accuracies at once; False: one at a time (not in the paper)
+    # the network sees all accuracies at once; False: one at a time (not in the paper)
+    relative_input: bool = True
     width: Length = 128  # of the hidden layers
     bias: bool = False  # in the layers
     network_lr: Positive = 1e-5  # of Adam
@@ -44,8 +46,9 @@ def gradients(
     accuracies: Tensor,  # (C,) in [0, 1], not checked
     driver_weight: float,  # lambda, >= 0
     target: str,  # of the driver
-    look_ahead: Callable[[Tensor], tuple[Tensor, Tensor]] | None,  # weights (C,) -> (dM/dw (C,), M); None: the driver alone
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:  # of lambda D, of M, one tensor a parameter; D; M
+    # weights (C,) -> (dM/dw (C,), M); None: the driver alone
+    look_ahead: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]:  # of lambda D and of M, by parameter; D; M
     "Both parts of the gradient of M + lambda D. Raises `UserError` for a lambda below 0."
     if driver_weight < 0: raise UserError(f'The driver weight lambda is at least 0, got {driver_weight}.')
     params, d = list(g.parameters()), g(accuracies)
@@ -58,7 +61,9 @@ def gradients(
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #cfdcac69
 # means over an epoch, by mode
-LOGGED = dict(none=('driver_loss', 'driver_gradient', 'meta_gradient'), exact=('driver_loss', 'driver_gradient', 'meta_gradient', 'meta_loss', 'gradient_cosine'))
+LOGGED = dict(
+    none=('driver_loss', 'driver_gradient', 'meta_gradient'),
+    exact=('driver_loss', 'driver_gradient', 'meta_gradient', 'meta_loss', 'gradient_cosine'))
 
 class DifficultyWeigher(ClassWeigher):
     "Difficulty-Net, its optimiser and its meta batches: weights for every batch, and what a stage saves."
@@ -67,15 +72,20 @@ class DifficultyWeigher(ClassWeigher):
         context: Context,  # network, data and settings
         g: nn.Module,  # accuracies (C,) -> difficulties (C,)
         optimizer: torch.optim.Optimizer,  # over g
-        loss: Callable[[Tensor, Tensor], Tensor] = plain_cross_entropy,  # of a training sample, (logits, y) -> (B,)
+        # of a training sample, (logits, y) -> (B,)
+        loss: Callable[[Tensor, Tensor], Tensor] = plain_cross_entropy,
     ):
         super().__init__(context, lambda a, e: difficulty_weights(g(a)).detach())
         s = context.settings
         self.g, self.optimizer, self.loss, self.settings = g, optimizer, loss, s
-        self.sampler, self.view = InstanceBalanced(context.parts['meta'].labels.cpu(), seed=[context.recipe.seed, 1]), context.plain('meta')
+        self.sampler, self.view = (
+            InstanceBalanced(context.parts['meta'].labels.cpu(), seed=[context.recipe.seed, 1]),
+            context.plain('meta'))
         self.dtype = torch.bfloat16 if s.meta_precision == 'bf16' else None
         self.order = np.empty(0, dtype=np.int64)
-        self.sums = {k: torch.zeros((), device=context.compute.device) for k in LOGGED[s.meta_grad] + ('steps',)}      # of this epoch
+        # of this epoch
+        self.sums = {
+            k: torch.zeros((), device=context.compute.device) for k in LOGGED[s.meta_grad] + ('steps',)}
 
     def draw(self) -> dict:
         "Positions of the next images of the balanced set, int64 (n,); nothing where nobody looks ahead."
@@ -94,7 +104,9 @@ class DifficultyWeigher(ClassWeigher):
         "One step of the difficulty network; then the weights it gives. The batch has what was drawn."
         s, look = self.settings, None
         if s.meta_grad == 'exact':
-            look = lambda w: meta_gradient(self.context.network, batch, self.balanced(batch['meta']), w, lr, self.loss, dtype=self.dtype)
+            look = lambda w: meta_gradient(
+                self.context.network, batch, self.balanced(batch['meta']), w, lr, self.loss,
+                dtype=self.dtype)
         pull, push, driver, m = gradients(self.g, self.accuracies, s.driver_weight, s.target, look)
         for p, a, b in zip(self.g.parameters(), pull, push): p.grad = a + b
         self.optimizer.step()
@@ -119,28 +131,38 @@ class DifficultyWeigher(ClassWeigher):
         return means | dict(difficulties=d) | super().after_epoch(epoch)
 
     def state_dict(self) -> dict:
-        return super().state_dict() | dict(g=self.g.state_dict(), optimizer=self.optimizer.state_dict(), sampler=json.dumps(self.sampler.state_dict()))
+        return super().state_dict() | dict(
+            g=self.g.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            sampler=json.dumps(self.sampler.state_dict()))
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        for saved, own in zip(state['optimizer']['param_groups'], self.optimizer.param_groups): saved['capturable'] = own['capturable']      # that of this device
-        self.g.load_state_dict(state['g']); self.optimizer.load_state_dict(state['optimizer']); self.sampler.load_state_dict(json.loads(state['sampler']))
+        # that of this device
+        for saved, own in zip(state['optimizer']['param_groups'], self.optimizer.param_groups):
+            saved['capturable'] = own['capturable']
+        self.g.load_state_dict(state['g'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.sampler.load_state_dict(json.loads(state['sampler']))
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #3389d7fe
 def difficulty_network(
     context: Context,  # with settings
-) -> DifficultyNet:  # on the device, initialised from the recipe's seed, without touching the global generator
+) -> DifficultyNet:  # on the device, drawn from the recipe's seed without touching the global generator
     "The network the settings describe."
     s = context.settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.recipe.seed + 1)
-        return DifficultyNet(context.n_classes, s.width, s.bias, shared=not s.relative_input).to(context.compute.device)
+        return DifficultyNet(
+            context.n_classes, s.width, s.bias, shared=not s.relative_input).to(context.compute.device)
 
 def stage1(
     context: Context,  # with a fresh network
 ) -> Stage:  # over the whole network
     "Training under weights that are learned on the way."
     s, g, (loss, lot) = context.settings, difficulty_network(context), recipe_loss(context)
-    adam = torch.optim.Adam(g.parameters(), s.network_lr, weight_decay=s.network_decay, capturable=context.compute.capture and context.compute.device.type == 'cuda')
+    adam = torch.optim.Adam(
+        g.parameters(), s.network_lr, weight_decay=s.network_decay,
+        capturable=context.compute.capture and context.compute.device.type == 'cuda')
     single = lambda z, y: loss(z, y, reduction='none')
     stage = weighted_stage(context, DifficultyWeigher(context, g, adam, single), loss, lot)
     stage.before_epoch = None      # the meta images have their full side, so the others may not grow
@@ -151,24 +173,45 @@ LAMBDAS, BASES = (0.0, 0.1, 0.3, 1.0, 3.0), ('cross_entropy', 'balanced_softmax'
 
 def ablation_grid() -> list[dict]:  # rows: name, method, changes of its recipe
     "Modes x driver weights x targets x losses, single accuracies as input, and the references."
-    grid = [dict(meta_grad=m, driver_weight=v, target=t, loss=b) for m in ('none', 'exact') for b in BASES for t in ('relative', 'absolute') for v in LAMBDAS]
-    rows = [dict(name=f"{c['meta_grad']}, lambda {c['driver_weight']:g}, {c['target']}, {c['loss']}", method='difficulty_net',
-                 changes={k: v for k, v in c.items() if k != 'target' or c['driver_weight']}) for c in grid]
-    rows += [dict(name=f'exact, one accuracy at a time, {b}', method='difficulty_net', changes=dict(relative_input=False, loss=b)) for b in BASES]
+    grid = [
+        dict(meta_grad=m, driver_weight=v, target=t, loss=b)
+        for m in ('none', 'exact') for b in BASES for t in ('relative', 'absolute') for v in LAMBDAS]
+    rows = [
+        dict(name=f"{c['meta_grad']}, lambda {c['driver_weight']:g}, {c['target']}, {c['loss']}",
+             method='difficulty_net',
+             changes={k: v for k, v in c.items() if k != 'target' or c['driver_weight']})
+        for c in grid]
+    rows += [
+        dict(name=f'exact, one accuracy at a time, {b}',
+             method='difficulty_net',
+             changes=dict(relative_input=False, loss=b))
+        for b in BASES]
     cdb = {f'cdb tau {t}': dict(weights='cdb', tau=t) for t in (0.5, 1.0, 1.5, 2.0, 'dynamic')}
-    other = dict(class_balanced=dict(weights='class_balanced'), focal=dict(loss='focal', focal_gamma=1.0), equalization=dict(loss='equalization'))
-    return rows + [dict(name=k, method='reweighting', changes=c) for k, c in ({b: dict(loss=b) for b in BASES} | cdb | other).items()]
+    other = dict(
+        class_balanced=dict(weights='class_balanced'),
+        focal=dict(loss='focal', focal_gamma=1.0),
+        equalization=dict(loss='equalization'))
+    return rows + [
+        dict(name=k, method='reweighting', changes=c)
+        for k, c in ({b: dict(loss=b) for b in BASES} | cdb | other).items()]
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #0369c476
 def _large(name, epochs, lr, schedule, width, weight_decay, backbone, **more) -> Published:
     "A large-scale row."
-    return Published(name, None, dict(epochs=epochs, lr=lr, schedule=schedule, weight_decay=weight_decay, backbone=backbone, head='cosine', width=width, bias=True, network_lr=1e-3,
-                                      n_meta=10, auto_augment=False, cutout_side=0, stage2_length='train', **more), f'{SOURCE}, as far as a recipe can say it; needs a large-scale loader')
+    return Published(
+        name, None,
+        dict(epochs=epochs, lr=lr, schedule=schedule, weight_decay=weight_decay,
+             backbone=backbone, head='cosine', width=width, bias=True, network_lr=1e-3,
+             n_meta=10, auto_augment=False, cutout_side=0, stage2_length='train', **more),
+        f'{SOURCE}, as far as a recipe can say it; needs a large-scale loader')
 
 RECIPES = (
-    *(replace(p, changes=p.changes | dict(network_lr=1e-3)) if p.dataset == 'digits' else p for p in cifar_rows()),
-    _large('imagenet_lt', 180, 0.05, 'cosine', 1024, 5e-4, 'resnet50', nesterov=True, loss='balanced_softmax', smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10),
-    _large('places_lt', 30, 0.01, 'step', 512, 5e-4, 'resnet152', smooth_head=0.4, smooth_tail=0.1, stage2_epochs=20, stage2_lr=0.1),
+    *(replace(p, changes=p.changes | dict(network_lr=1e-3)) if p.dataset == 'digits' else p
+      for p in cifar_rows()),
+    _large('imagenet_lt', 180, 0.05, 'cosine', 1024, 5e-4, 'resnet50',
+           nesterov=True, loss='balanced_softmax', smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10),
+    _large('places_lt', 30, 0.01, 'step', 512, 5e-4, 'resnet152',
+           smooth_head=0.4, smooth_tail=0.1, stage2_epochs=20, stage2_lr=0.1),
 )
 difficulty_net = register(Method(
     'difficulty_net',

@@ -29,7 +29,8 @@ class DirmixeSettings(ExpertSettings):
     power: float = 1.3  # p of the prior ratios
     penalty: float = 5.0  # lambda of the semi-variance
     penalty_start: float = 0.8  # it is on after floor(this (E + 1)) of E epochs
-    divisor: Literal['above-1', 'above', 'all'] = 'above-1'  # of the semi-variance; the published code's is the default
+    # of the semi-variance; the published code's is the default
+    divisor: Literal['above-1', 'above', 'all'] = 'above-1'
     pool_size: int | None = None  # pairs in the pool; None for as many as an epoch needs
     fresh_draws: bool = False  # new draws for every batch instead of a pool
 
@@ -45,18 +46,24 @@ def penalty_epoch(
 def dirmixe_stage(
     context: Context,  # with a network of three experts
 ) -> Stage:  # over the whole network
-    "All experts under draws of label distributions. Raises `UserError` for another number of experts than components, or a pool too small for a batch."
+    ("All experts under draws of label distributions. Raises `UserError` for another number of experts "
+     "than components, or a pool too small for a batch.")
     r, s, device = context.recipe, context.settings, context.compute.device
     means = component_means(context.trained_counts)
     if s.n_experts != len(means):
-        raise UserError(f'DirMixE trains one expert for each of its {len(means)} Dirichlet components, got n_experts = {s.n_experts}: use --set n_experts={len(means)}.')
-    prior, first = torch.as_tensor(means[0], dtype=torch.float32, device=device), penalty_epoch(r.epochs, s.penalty_start)
+        raise UserError(f'DirMixE trains one expert for each of its {len(means)} Dirichlet components, '
+                        f'got n_experts = {s.n_experts}: use --set n_experts={len(means)}.')
+    prior, first = (
+        torch.as_tensor(means[0], dtype=torch.float32, device=device),
+        penalty_epoch(r.epochs, s.penalty_start))
     def draw() -> dict:
         late = pool.taken//per_epoch >= first
         component, q = map(torch.as_tensor, pool.take())
         return dict(component=component, q=q, penalty=s.penalty if late else 0.0)
     def loss(out: dict, batch: dict) -> Tensor:
-        return dirmixe_loss(out['experts'], batch['y'], batch['component'], batch['q'], prior, s.power, batch['penalty'], s.divisor)
+        return dirmixe_loss(
+            out['experts'], batch['y'], batch['component'], batch['q'], prior,
+            s.power, batch['penalty'], s.divisor)
     stage = replace(expert_stage(context, loss), draw=draw)
     per_epoch = stage.n_batches
     size = s.draws*per_epoch if s.pool_size is None else s.pool_size
@@ -76,14 +83,25 @@ dirmixe = register(Method(
     dict(stage1=dirmixe_stage),
     DirmixeSettings,
     (
-    Published('cifar10', None, _common | dict(weight_decay=5e-4, penalty=15.0, shot_rule='1000/200'), _code),
-    Published('cifar100', None, _common | dict(weight_decay=1e-3), _code),
-    Published('imagenet_lt', None, _common | dict(backbone='resnext50', epochs=180, batch_size=64, lr=0.025, schedule='cosine', weight_decay=7e-4,
-                                                power=1.6, penalty=1.0), _code),
-    Published('inaturalist2018', None, _common | dict(backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4,
-                                                    concentration=100_000.0, penalty=1.0), _code),
-    Published('digits', None, _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
-),
+        Published(
+            'cifar10', None,
+            _common | dict(weight_decay=5e-4, penalty=15.0, shot_rule='1000/200'), _code),
+        Published('cifar100', None, _common | dict(weight_decay=1e-3), _code),
+        Published(
+            'imagenet_lt', None,
+            _common | dict(
+                backbone='resnext50', epochs=180, batch_size=64, lr=0.025, schedule='cosine',
+                weight_decay=7e-4, power=1.6, penalty=1.0), _code),
+        Published(
+            'inaturalist2018', None,
+            _common | dict(
+                backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4,
+                concentration=100_000.0, penalty=1.0), _code),
+        Published(
+            'digits', None,
+            _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0),
+            'ltbook: the CIFAR-10 values, as no paper uses digits'),
+    ),
     fast={},
     sweeps=dict(fast=lambda: fast_rows('dirmixe')),
     stage1='dirmixe',
@@ -107,4 +125,6 @@ def step_rates(
         steps[name] = stage_step(m.stages_of(r)['stage1'](c))
     speeds = take_turns(steps, seconds, turns)
     plain = median(speeds[names[0]])
-    return [dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=plain/median(v)) for k, v in speeds.items()]
+    return [
+        dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=plain/median(v))
+        for k, v in speeds.items()]

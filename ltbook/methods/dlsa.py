@@ -16,9 +16,11 @@ from ..data.features import FeatureSet
 from ..losses.flow_losses import BalanceLoss, likelihood_loss, purity_loss, tail_weights
 from .label_space import dlsa_data, dlsa_network, dlsa_split, label_space, stage1
 from .method import Context, Method, Published, Recipe, Settings, register
-from .routed_heads import BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head
+from .routed_heads import (
+    BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head)
 from ..models.flow_filter import FlowFilter, read_rows
-from ..models.levels import PairSampler, cluster_stats, cluster_table, good_clusters, keep_threshold, random_levels
+from ..models.levels import (
+    PairSampler, cluster_stats, cluster_table, good_clusters, keep_threshold, random_levels)
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/59_dlsa.ipynb #431ed7ba
@@ -43,12 +45,15 @@ class DlsaSettings(Settings):
     flow_lr: float = 0.2
     flow_epochs: int = 150  # of a filter; published 30 to 60 of many more steps
     flow_batch: int = 256  # pairs; published 1024 or 512
-    flow_choice: Literal['purity', 'last'] = 'purity'  # epoch with the most good clusters (published), or the last
+    # epoch with the most good clusters (published), or the last
+    flow_choice: Literal['purity', 'last'] = 'purity'
     min_purity: float = 0.7  # of a good cluster
     min_size: int = 10  # of a good cluster
-    cap_factor: float = 5.0  # the largest cluster must stay below this multiple of N/K for an epoch to be chosen
+    # the largest cluster must stay below this multiple of N/K for an epoch to be chosen
+    cap_factor: float = 5.0
     cap_rows: int | None = None  # the same as an absolute number; published 5000
-    z_source: Literal['feature', 'latent'] = 'feature'  # second input of the heads: released code, or the paper's figure
+    # second input of the heads: released code, or the paper's figure
+    z_source: Literal['feature', 'latent'] = 'feature'
     head_type: Literal['linear', 'cosine'] = 'linear'
     head_loss: Literal['balanced', 'plain'] = 'balanced'  # balanced softmax or cross-entropy
     head_sampler: Literal['shuffle', 'class_aware'] = 'shuffle'
@@ -58,7 +63,8 @@ class DlsaSettings(Settings):
     head_batch: int = 128
     head_start: Literal['scratch', 'stage1'] = 'scratch'  # first map of each head
     quiet_start: bool = False  # second map starts at zero; published not
-    rest_prior: Literal['full', 'subset'] = 'full'  # class counts in the rest's loss; released code: the full set
+    # class counts in the rest's loss; released code: the full set
+    rest_prior: Literal['full', 'subset'] = 'full'
     leave_one_out: bool = True  # a train row's own label is not in its cluster prior; released code: it is
     selection: Literal['last', 'best_on_test'] = 'last'  # released code: best_on_test
     controls: bool = True  # train the four controls, too
@@ -71,16 +77,22 @@ def _epoch_log(s: DlsaSettings, network: FlowFilter, play: FeatureSet, test: Fea
     table = cluster_table(r['cluster'], play.labels, s.n_clusters, c)
     size, purity = cluster_stats(table)
     alpha = keep_threshold(r['loglik'], s.keep)
-    kept, kept_test = (torch.bincount(y[v['loglik'] >= alpha], minlength=c) for v, y in ((r, play.labels), (t, test.labels)))
-    return dict(good_clusters=good_clusters(table, s.min_purity, s.min_size), largest=size.max(), empty=(size == 0).sum(), confidence=r['confidence'].mean(),
-                kept=kept, kept_test=kept_test, cluster_size=size, cluster_purity=purity)
+    kept, kept_test = (torch.bincount(y[v['loglik'] >= alpha], minlength=c)
+                       for v, y in ((r, play.labels), (t, test.labels)))
+    return dict(
+        good_clusters=good_clusters(table, s.min_purity, s.min_size), largest=size.max(),
+        empty=(size == 0).sum(), confidence=r['confidence'].mean(), kept=kept, kept_test=kept_test,
+        cluster_size=size, cluster_purity=purity)
 
 def _flow_outputs(network: FlowFilter, parts: dict[str, FeatureSet]) -> dict:
-    "What the analysis needs of a trained filter: likelihoods, clusters, and the latent in the plane of its largest variance."
+    ("What the analysis needs of a trained filter: likelihoods, clusters, "
+     "and the latent in the plane of its largest variance.")
     reads = {k: read_rows(network, v.features) for k, v in parts.items()}
     u = reads['train']['latent']
-    mean, plane = u.mean(0), torch.linalg.eigh((u - u.mean(0)).T @ (u - u.mean(0))).eigenvectors[:, -2:].flip(1)
-    out = {f'{k}_{n}': r[n] for k, r in reads.items() for n in ('loglik', 'cluster')} | {f'{k}_plane': (r['latent'] - mean) @ plane for k, r in reads.items()}
+    mean, plane = u.mean(0), torch.linalg.eigh(
+        (u - u.mean(0)).T @ (u - u.mean(0))).eigenvectors[:, -2:].flip(1)
+    out = ({f'{k}_{n}': r[n] for k, r in reads.items() for n in ('loglik', 'cluster')}
+           | {f'{k}_plane': (r['latent'] - mean) @ plane for k, r in reads.items()})
     return out | dict(centers_plane=(network.centers - mean) @ plane, train_labels=parts['train'].labels)
 
 # %% ../../nbs/methods/59_dlsa.ipynb #966bcd1f
@@ -95,9 +107,11 @@ def flow_stage(
     play = train.subset((space.settle(train) == d).nonzero()[:, 0].numpy())
     sampler, x, y = PairSampler(play.labels.cpu(), 1000*seed + d), play.features, play.labels
     moments = (x.mean(0).cpu(), x.std(0).cpu()) if s.standardize else None
-    network = FlowFilter(x.shape[1], s.n_clusters, s.center_length, 1000*seed + d, moments, s.hidden, s.n_blocks, s.scale_bound).to(x.device)
+    network = FlowFilter(x.shape[1], s.n_clusters, s.center_length, 1000*seed + d, moments,
+                         s.hidden, s.n_blocks, s.scale_bound).to(x.device)
     space.filters.append(network)
-    weights, balance, best = tail_weights(play.counts, s.tail_power).float().to(x.device), BalanceLoss(s.balance_momentum), BestState()
+    weights, balance, best = (tail_weights(play.counts, s.tail_power).float().to(x.device),
+                              BalanceLoss(s.balance_momentum), BestState())
     cap, sums = s.cap_rows or s.cap_factor*len(play)/s.n_clusters, []
     def view(index, rng):
         "A batch of pairs."
@@ -105,14 +119,17 @@ def flow_stage(
         return dict(plus=x[plus], minus=x[minus], weight=weights[y[plus]])
     def loss(joints, batch):
         "The three terms; their values are kept for the log."
-        terms = torch.stack([s.likelihood_weight*likelihood_loss(joints[0], batch['weight']), s.balance_weight*balance(joints[0]),
-                             s.purity_weight*purity_loss(*joints, s.contrast, s.contrast_detach, s.contrast_margin)])
+        terms = torch.stack([
+            s.likelihood_weight*likelihood_loss(joints[0], batch['weight']),
+            s.balance_weight*balance(joints[0]),
+            s.purity_weight*purity_loss(*joints, s.contrast, s.contrast_detach, s.contrast_margin)])
         sums.append(terms.detach())
         return terms.sum()
     def after(epoch):
         "Log, and remember or bring back the best epoch."
         log = _epoch_log(s, network, play, test)
-        if s.flow_choice == 'purity' and log['largest'] < cap and log['good_clusters']: best.offer(float(log['good_clusters']), network)
+        if s.flow_choice == 'purity' and log['largest'] < cap and log['good_clusters']:
+            best.offer(float(log['good_clusters']), network)
         if epoch + 1 == s.flow_epochs and best.weights:
             best.bring_back(network)
             log = _epoch_log(s, network, play, test)
@@ -121,9 +138,12 @@ def flow_stage(
         return dict(zip(('likelihood', 'balance', 'purity'), terms)) | log
     n, size = len(play), min(s.flow_batch, len(play))
     steps = n//size if 0 < n % size < 32 else None      # a batch of a few rows has no good variance
-    return Stage(f'flow{d + 1}', network, sampler, view, loss, lr=lambda e: s.flow_lr, epochs=s.flow_epochs, batch_size=size, momentum=0.0,
-                 steps=context.recipe.max_steps or steps, seed=seed, forward=lambda net, b: (net(b['plus']), net(b['minus'])), after_epoch=after,
-                 state=dict(balance=balance, best=best), predict=None, outputs=lambda: _flow_outputs(network, dict(train=train, test=test)))
+    return Stage(
+        f'flow{d + 1}', network, sampler, view, loss, lr=lambda e: s.flow_lr, epochs=s.flow_epochs,
+        batch_size=size, momentum=0.0, steps=context.recipe.max_steps or steps, seed=seed,
+        forward=lambda net, b: (net(b['plus']), net(b['minus'])), after_epoch=after,
+        state=dict(balance=balance, best=best), predict=None,
+        outputs=lambda: _flow_outputs(network, dict(train=train, test=test)))
 
 # %% ../../nbs/methods/59_dlsa.ipynb #6d4f105d
 CONTROLS = ('plain', 'regular', 'random', 'no_prior')
@@ -139,7 +159,9 @@ def routed(
         rows = context.parts[f'{part}_features']
         level = random_levels(len(rows), s.keep, s.depth, rng) if kind == 'random' else None
         r = space.route(rows.features, rows.labels, level, own=part == 'train')
-        if kind in ('plain', 'regular'): r = replace(r, level=torch.zeros_like(r.level), prior=None, z=None if kind == 'plain' else rows.features)
+        if kind in ('plain', 'regular'):
+            r = replace(r, level=torch.zeros_like(r.level), prior=None,
+                        z=None if kind == 'plain' else rows.features)
         out.append(replace(r, prior=None) if kind == 'no_prior' else r)
     return tuple(out)
 
@@ -151,7 +173,9 @@ def make_bank(
     s, rows = context.settings, context.parts['train_features']
     n, c = rows.features.shape[1], context.n_classes
     extra = dict(plain=[0], regular=[n]).get(kind) or [n + c*(kind != 'no_prior')]*s.depth + [n]
-    if s.head_start == 'stage1' and not rows.head: raise UserError('head_start=stage1 needs a linear head: the feature files have no head_weight, or the head of stage 1 is not linear.')
+    if s.head_start == 'stage1' and not rows.head:
+        raise UserError('head_start=stage1 needs a linear head: the feature files have no head_weight, '
+                        'or the head of stage 1 is not linear.')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.recipe.seed)
         heads = [LevelHead(n, c, e, s.head_type) for e in extra]
@@ -171,38 +195,56 @@ def bank_stage(
     (train, test), bank = routed(context, kind), make_bank(context, kind)
     last = len(bank.heads) - 1
     full = context.parts['train_features'].counts
-    own = [torch.bincount(train.labels[(train.level == d).to(train.x.device)], minlength=context.n_classes) for d in range(last + 1)]
-    counts = [torch.as_tensor(full, device=train.x.device) if d == last and s.rest_prior == 'full' else n for d, n in enumerate(own)]
+    own = [torch.bincount(train.labels[(train.level == d).to(train.x.device)], minlength=context.n_classes)
+           for d in range(last + 1)]
+    counts = [torch.as_tensor(full, device=train.x.device) if d == last and s.rest_prior == 'full' else n
+              for d, n in enumerate(own)]
     if kind == 'dlsa': space.bank = bank
-    plan = HeadPlan(s.head_lr, s.head_epochs, s.head_batch, counts if s.head_loss == 'balanced' else [None]*(last + 1), s.head_smooth,
-                    s.head_sampler == 'class_aware', s.selection, context.recipe.max_steps, context.recipe.seed)
+    plan = HeadPlan(
+        s.head_lr, s.head_epochs, s.head_batch, counts if s.head_loss == 'balanced' else [None]*(last + 1),
+        s.head_smooth, s.head_sampler == 'class_aware', s.selection,
+        context.recipe.max_steps, context.recipe.seed)
     stage = heads_stage(kind, space if kind == 'dlsa' else bank, bank, train, test, plan)
     decide = stage.outputs
     stage.outputs = lambda: decide() | dict(level=test.level, train_level=train.level)
     return stage
 
 # %% ../../nbs/methods/59_dlsa.ipynb #934a3341
-COMMON = dict(n_clusters=500, tail_power=2.0, contrast_margin=None, cap_rows=5000, leave_one_out=False, selection='best_on_test', flow_lr=0.2, head_epochs=150)
-_FLOWS = dict(imagenet_lt=dict(flow_batch=1024, flow_epochs=50, likelihood_weight=2.0), places_lt=dict(flow_batch=512, flow_epochs=60, likelihood_weight=1.0, balance_weight=2.0, purity_weight=0.03),
-              inaturalist2018=dict(flow_batch=1024, flow_epochs=30, likelihood_weight=1.0))
+COMMON = dict(
+    n_clusters=500, tail_power=2.0, contrast_margin=None, cap_rows=5000,
+    leave_one_out=False, selection='best_on_test', flow_lr=0.2, head_epochs=150)
+_FLOWS = dict(
+    imagenet_lt=dict(flow_batch=1024, flow_epochs=50, likelihood_weight=2.0),
+    places_lt=dict(flow_batch=512, flow_epochs=60, likelihood_weight=1.0,
+                   balance_weight=2.0, purity_weight=0.03),
+    inaturalist2018=dict(flow_batch=1024, flow_epochs=30, likelihood_weight=1.0))
 _SOURCES = dict(CE=dict(head_lr=1e-2), CBS=dict(head_lr=1e-2), PaCo=dict(head_lr=1e-4, head_start='stage1'))
-_HEADS = dict(bsm={}, m2m={}, ride={}, cbs=dict(head_loss='plain', head_sampler='class_aware'), cos=dict(head_type='cosine', head_loss='plain'))
+_HEADS = dict(
+    bsm={}, m2m={}, ride={}, cbs=dict(head_loss='plain', head_sampler='class_aware'),
+    cos=dict(head_type='cosine', head_loss='plain'))
 BROKEN = dict(
-    cbs='released: fails with an index error as soon as a level lacks a class; here the cycle runs over the classes that are there',
-    m2m='released: the sampler of this name does not exist and plain shuffling is used, so it is the same as bsm; here too',
+    cbs='released: fails with an index error as soon as a level lacks a class; '
+        'here the cycle runs over the classes that are there',
+    m2m='released: the sampler of this name does not exist and plain shuffling is used, '
+        'so it is the same as bsm; here too',
     ride='released: there is no such head and the run stops; here refused',
     cos='released: runs on a GPU only; here anywhere')
 _NAMES = dict(imagenet_lt='ImgNet', places_lt='Places', inaturalist2018='Inat')
-_ROWS = (('imagenet_lt', 'PaCo', 'bsm', 3), ('imagenet_lt', 'CE', 'bsm', 1), ('imagenet_lt', 'CBS', 'bsm', 1), ('imagenet_lt', 'PaCo', 'cbs', 3), ('imagenet_lt', 'PaCo', 'cos', 1),
-         ('imagenet_lt', 'PaCo', 'm2m', 3), ('imagenet_lt', 'PaCo', 'ride', 3), ('places_lt', 'CE', 'bsm', 1), ('places_lt', 'CE', 'cos', 1), ('places_lt', 'CE', 'ride', 1),
-         ('places_lt', 'PaCo', 'bsm', 1), ('inaturalist2018', 'PaCo', 'bsm', 3))
+_ROWS = (
+    ('imagenet_lt', 'PaCo', 'bsm', 3), ('imagenet_lt', 'CE', 'bsm', 1), ('imagenet_lt', 'CBS', 'bsm', 1),
+    ('imagenet_lt', 'PaCo', 'cbs', 3), ('imagenet_lt', 'PaCo', 'cos', 1), ('imagenet_lt', 'PaCo', 'm2m', 3),
+    ('imagenet_lt', 'PaCo', 'ride', 3), ('places_lt', 'CE', 'bsm', 1), ('places_lt', 'CE', 'cos', 1),
+    ('places_lt', 'CE', 'ride', 1), ('places_lt', 'PaCo', 'bsm', 1), ('inaturalist2018', 'PaCo', 'bsm', 3))
 
 def _config(dataset, source, head, depth):
     "Name and published values of one configuration file."
     backbone, short = ('resnet152_frozen', 'R152') if dataset == 'places_lt' else ('resnet50', 'R50')
     name = f'{_NAMES[dataset]}_{source}_{short}_{head}'
-    changes = COMMON | _FLOWS[dataset] | _SOURCES[source] | _HEADS[head] | dict(depth=depth, backbone=backbone)
-    return name, Published(dataset, None, changes, f'DLSA, authors\' configuration {name} (ECCV 2022)' + (f'; {BROKEN[head]}' if head in BROKEN else ''))
+    changes = (COMMON | _FLOWS[dataset] | _SOURCES[source] | _HEADS[head]
+               | dict(depth=depth, backbone=backbone))
+    return name, Published(
+        dataset, None, changes,
+        f'DLSA, authors\' configuration {name} (ECCV 2022)' + (f'; {BROKEN[head]}' if head in BROKEN else ''))
 
 CONFIGS = dict(_config(*row) for row in _ROWS)
 
@@ -212,15 +254,21 @@ def published_config(
 ) -> Published:  # its values, ready for `recipe('dlsa', p.dataset, profile='paper', **p.changes)`
     "One of the twelve. Raises `UserError` for an unknown name, and for a head that was never released."
     row = CONFIGS[one_of(name, CONFIGS, 'configuration')]
-    if name.endswith('_ride'): raise UserError(f'{name} cannot be run: {BROKEN["ride"]}. Use {name.replace("ride", "bsm")}.')
+    if name.endswith('_ride'):
+        raise UserError(f'{name} cannot be run: {BROKEN["ride"]}. Use {name.replace("ride", "bsm")}.')
     return row
 
 # %% ../../nbs/methods/59_dlsa.ipynb #dda08326
 RECIPES = (
     Published('cifar100', None, {}, 'ltbook: sized for 64-dimensional features; the paper has no CIFAR'),
-    Published('cifar10', None, dict(likelihood_weight=0.3), 'ltbook: sized for 64-dimensional features; the paper has no CIFAR'),
-    Published('digits', None, dict(epochs=100, n_clusters=10, likelihood_weight=0.3, flow_lr=0.1, flow_batch=128, flow_epochs=60, min_size=5, head_batch=64, head_epochs=60),
-              'ltbook: sized for a few hundred rows; no paper uses digits'),
+    Published(
+        'cifar10', None, dict(likelihood_weight=0.3),
+        'ltbook: sized for 64-dimensional features; the paper has no CIFAR'),
+    Published(
+        'digits', None,
+        dict(epochs=100, n_clusters=10, likelihood_weight=0.3, flow_lr=0.1, flow_batch=128,
+             flow_epochs=60, min_size=5, head_batch=64, head_epochs=60),
+        'ltbook: sized for a few hundred rows; no paper uses digits'),
     *(CONFIGS[n] for n in ('ImgNet_PaCo_R50_bsm', 'Places_PaCo_R152_bsm', 'Inat_PaCo_R50_bsm')))
 
 def stages(

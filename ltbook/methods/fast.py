@@ -6,15 +6,25 @@
 __all__ = ['FAST', 'WITHOUT', 'fast_rows']
 
 # %% ../../nbs/methods/593_fast.ipynb #a340849e
-FAST = dict(epochs=80, schedule='one_cycle', nesterov=True, batch_size=64, weight_decay=1e-3, first_side=16, precision='bf16')
+FAST = dict(
+    epochs=80, schedule='one_cycle', nesterov=True, batch_size=64,
+    weight_decay=1e-3, first_side=16, precision='bf16')
 
 # %% ../../nbs/methods/593_fast.ipynb #79865486
-WITHOUT = {'without one-cycle': dict(schedule='step'), 'without Nesterov': dict(nesterov=False), 'without small batches': dict(batch_size=128),
-           'without more decay': dict(weight_decay=2e-4), 'without small images': dict(first_side=None), 'without bf16': dict(precision='fp32')}
+WITHOUT = {
+    'without one-cycle': dict(schedule='step'),
+    'without Nesterov': dict(nesterov=False),
+    'without small batches': dict(batch_size=128),
+    'without more decay': dict(weight_decay=2e-4),
+    'without small images': dict(first_side=None),
+    'without bf16': dict(precision='fp32')}
 
 def fast_rows(
     method: str,  # that has the profile
 ) -> list[dict]:  # rows of a sweep: name, method, profile, changes
-    "The profile as it is, without each of its ingredients, and the profile `short` in bf16, which has none of the others."
-    rows = [dict(name=k, method=method, profile='fast', changes=v) for k, v in ({'all of it': {}} | WITHOUT).items()]
+    ("The profile as it is, without each of its ingredients, "
+     "and the profile `short` in bf16, which has none of the others.")
+    rows = [
+        dict(name=k, method=method, profile='fast', changes=v)
+        for k, v in ({'all of it': {}} | WITHOUT).items()]
     return rows + [dict(name='none of it', method=method, profile='short', changes=dict(precision='bf16'))]

@@ -35,7 +35,8 @@ class LabelSpace(nn.Module):
         leave_one_out: bool = True,  # a train row's own label is not in its prior
     ):
         super().__init__()
-        self.n_classes, self.n_clusters, self.keep, self.z_source, self.leave_one_out = n_classes, n_clusters, keep, z_source, leave_one_out
+        (self.n_classes, self.n_clusters, self.keep, self.z_source, self.leave_one_out) = (
+            n_classes, n_clusters, keep, z_source, leave_one_out)
         self.filters, self.bank = nn.ModuleList(), HeadBank([])
         self.register_buffer('thresholds', torch.full((depth,), float('nan'), dtype=torch.float64))
         self.register_buffer('tables', torch.zeros(depth, n_clusters, n_classes))
@@ -45,28 +46,36 @@ class LabelSpace(nn.Module):
         reads = [read_rows(f, rows.features) for f in self.filters]
         for d, r in enumerate(reads):
             if self.thresholds[d].isnan():
-                level = assign_levels([v['loglik'].double() for v in reads[:d]], self.thresholds[:d].tolist(), len(rows))
-                self.thresholds[d] = keep_threshold(r['loglik'].double()[(level == d).to(r['loglik'].device)], self.keep)
+                level = assign_levels(
+                    [v['loglik'].double() for v in reads[:d]], self.thresholds[:d].tolist(), len(rows))
+                self.thresholds[d] = keep_threshold(
+                    r['loglik'].double()[(level == d).to(r['loglik'].device)], self.keep)
                 self.tables[d] = cluster_table(r['cluster'], rows.labels, self.n_clusters, self.n_classes)
-        return assign_levels([v['loglik'].double() for v in reads], self.thresholds[:len(reads)].tolist(), len(rows))
+        return assign_levels(
+            [v['loglik'].double() for v in reads], self.thresholds[:len(reads)].tolist(), len(rows))
 
     def route(
         self,
         x: Tensor,  # (N, D) features
-        labels: Tensor | None = None,  # (N,) of train rows, left out of their own prior if the settings say so
+        labels: Tensor | None = None,  # (N,) of train rows, left out of their own prior if settings say so
         level: Tensor | None = None,  # (N,) levels from elsewhere; None asks the filters
         own: bool = False,  # whether these rows were counted in the tables
     ) -> RoutedRows:
         "Level, second input and cluster prior of every row."
         reads = [read_rows(f, x) for f in self.filters]
-        if level is None: level = assign_levels([r['loglik'].double() for r in reads], self.thresholds.tolist(), len(x))
+        if level is None:
+            level = assign_levels([r['loglik'].double() for r in reads], self.thresholds.tolist(), len(x))
         z, prior = x, x.new_zeros(len(x), self.n_classes)
         if self.z_source == 'latent': z = reads[-1]['latent'].clone()
         for d, r in enumerate(reads):
             mine = (level == d).nonzero()[:, 0].to(x.device)
             if self.z_source == 'latent': z[mine] = r['latent'][mine]
-            prior[mine] = cluster_prior(self.tables[d], r['cluster'][mine], labels[mine] if own and self.leave_one_out else None)
-        return RoutedRows(x, torch.zeros(len(x), dtype=torch.int64, device=x.device) if labels is None else labels, level, z, prior)
+            prior[mine] = cluster_prior(
+                self.tables[d], r['cluster'][mine], labels[mine] if own and self.leave_one_out else None)
+        return RoutedRows(
+            x,
+            torch.zeros(len(x), dtype=torch.int64, device=x.device) if labels is None else labels,
+            level, z, prior)
 
     def forward(self, x: Tensor) -> Tensor: return self.bank.decide(self.route(x))
 
@@ -77,9 +86,11 @@ def dlsa_data(
 ):  # `ImageData`, with images or with features
     "Feature files by the data set's name, or images. Raises `UserError` for a large data set without files."
     folder = data_root(root)/recipe.dataset
-    if recipe.dataset not in RESERVED and find_features(folder): return load_feature_data(recipe.dataset, folder)
+    if recipe.dataset not in RESERVED and find_features(folder):
+        return load_feature_data(recipe.dataset, folder)
     if recipe.backbone != 'resnet32':
-        raise UserError(f'{recipe.dataset} is trained on features of a {recipe.backbone}: put feature_train.h5 and feature_test.h5 into {folder}.')
+        raise UserError(f'{recipe.dataset} is trained on features of a {recipe.backbone}: '
+                        f'put feature_train.h5 and feature_test.h5 into {folder}.')
     return standard_data(recipe, root)
 
 @dataclass(frozen=True)
@@ -96,7 +107,8 @@ def dlsa_split(
     "The usual split."
     parts, tail = standard_split(recipe, data)
     if not isinstance(data.train, FeatureSet): return parts, tail
-    return parts, FeatureTail(*(getattr(tail, f.name) for f in fields(tail)), fingerprint=parts['train'].sha256())
+    return parts, FeatureTail(
+        *(getattr(tail, f.name) for f in fields(tail)), fingerprint=parts['train'].sha256())
 
 # %% ../../nbs/methods/49_label_space.ipynb #9b094b70
 def dlsa_network(
@@ -117,7 +129,9 @@ def stage1(
     if not isinstance(context.train, FeatureSet): return representation_stage(context)
     head, test = context.network, context.parts['test']
     outputs = (lambda: dict(logits=head(test.features))) if context.train.head else dict
-    return Stage('stage1', head, PairSampler(context.train.labels.cpu()), lambda i, rng: {}, lambda z, b: z, lr=lambda e: 0.0, epochs=0, predict=None, outputs=outputs)
+    return Stage(
+        'stage1', head, PairSampler(context.train.labels.cpu()), lambda i, rng: {}, lambda z, b: z,
+        lr=lambda e: 0.0, epochs=0, predict=None, outputs=outputs)
 
 # %% ../../nbs/methods/49_label_space.ipynb #f068a496
 def label_space(
@@ -131,8 +145,12 @@ def label_space(
         if not isinstance(rows, FeatureSet):
             x = predict(net, context.plain(part), len(rows), lambda n, x: dict(x=n.features(x)))['x']
             rows = FeatureSet(x.to(device), rows.labels, rows.classes, linear_of(net))
-        if not rows.features.isfinite().all(): raise UserError(f'Some features of the {part} part are not finite: train stage 1 with a smaller lr.')
+        if not rows.features.isfinite().all():
+            raise UserError(f'Some features of the {part} part are not finite: '
+                            'train stage 1 with a smaller lr.')
         context.parts[f'{part}_features'] = rows
-    context.notes['test_counts'] = context.parts['test'].counts.tolist()      # keep-rates of the test part need them
-    context.network = LabelSpace(context.n_classes, s.n_clusters, s.depth, s.keep, s.z_source, s.leave_one_out).to(device)
+    # keep-rates of the test part need them
+    context.notes['test_counts'] = context.parts['test'].counts.tolist()
+    context.network = LabelSpace(
+        context.n_classes, s.n_clusters, s.depth, s.keep, s.z_source, s.leave_one_out).to(device)
     return context.network

@@ -34,9 +34,12 @@ class Context:
     compute: Compute = Compute()
     network: nn.Module | None = None
     logits: dict[str, dict] = field(default_factory=dict)  # stage name -> named arrays on the test part
-    selection: dict[str, str] = field(default_factory=dict)  # stage name -> which epoch it ended with, see `Stage.selection`
-    notes: dict[str, Any] = field(default_factory=dict)  # what a method adds to the protocol in metrics.json, JSON-able
-    fingerprint: dict[str, str] = field(default_factory=dict)  # part -> SHA-256 of its pixels (or features) and labels; 'view' -> of what else the data set brings
+    # stage name -> which epoch it ended with, see `Stage.selection`
+    selection: dict[str, str] = field(default_factory=dict)
+    # what a method adds to the protocol in metrics.json, JSON-able
+    notes: dict[str, Any] = field(default_factory=dict)
+    # part -> SHA-256 of its pixels (or features) and labels; 'view' -> of what else the data set brings
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings: return self.recipe.settings
@@ -46,7 +49,8 @@ class Context:
 
     @property
     def trained_counts(self) -> np.ndarray:
-        "Images of every class that are trained on (C,): what losses go by. Shot groups go by `tail.counts`, the long tail before some were held out."
+        ("Images of every class that are trained on (C,): what losses go by. "
+         "Shot groups go by `tail.counts`, the long tail before some were held out.")
         return self.train.counts
 
     @property
@@ -57,11 +61,13 @@ class Context:
         return PlainView(self.parts[part])
 
     def view(self, part: str | ImageSet = 'train', **changes) -> TrainView:
-        "View of a part, or of a set made of one, with the augmentation of the recipe and `changes` of it. Raises `UserError` as `TrainView`."
+        ("View of a part, or of a set made of one, with the augmentation of the recipe and `changes` of it. "
+         "Raises `UserError` as `TrainView`.")
         data = self.parts[part] if isinstance(part, str) else part
         r, i = self.recipe, self.info
         usual = dict(pad=i.pad if r.pad is None else r.pad, flip=i.flip if r.flip is None else r.flip)
-        for k in ('pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha'): usual[k] = getattr(r, k)
+        for k in ('pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha'):
+            usual[k] = getattr(r, k)
         return TrainView(data, Augmentation(**usual | changes))
 
 # %% ../../nbs/methods/50_method.ipynb #dd34586e
@@ -71,7 +77,8 @@ def standard_data(
 ) -> ImageData:  # the whole data set
     "Images by name. Raises `UserError` for a recipe that is only declared."
     if recipe.backbone in DECLARED:
-        raise UserError(f'{recipe.dataset} with {recipe.backbone} is a declared recipe: it needs a large-scale loader for 224-pixel images, which is not part of ltbook yet.')
+        raise UserError(f'{recipe.dataset} with {recipe.backbone} is a declared recipe: it needs a '
+                        'large-scale loader for 224-pixel images, which is not part of ltbook yet.')
     return load_images(recipe.dataset, root)
 
 # %% ../../nbs/methods/50_method.ipynb #bcd00566
@@ -100,22 +107,31 @@ class Method:
     name: str  # as typed on the command line
     title: str  # one line for lists
     paper: str  # where it comes from
-    stages: dict[str, Callable[[Context], Stage | None]] | Callable[[Recipe], dict]  # in order, or a function that gives them for a recipe; called when the stages before are finished; None leaves a stage out of this run
+    # in order, or a function that gives them for a recipe; called when the stages before are finished;
+    # None leaves a stage out of this run
+    stages: dict[str, Callable[[Context], Stage | None]] | Callable[[Recipe], dict]
     settings: type[Settings] = Settings
     recipes: tuple[Published, ...] = ()
-    defaults: dict[str, Any] = field(default_factory=dict)  # fields of the recipe that this method has otherwise than a recipe does
-    unused: frozenset[str] = frozenset()  # fields of the recipe that it does not look at; to change them is refused
+    # fields of the recipe that this method has otherwise than a recipe does
+    defaults: dict[str, Any] = field(default_factory=dict)
+    # fields of the recipe that it does not look at; to change them is refused
+    unused: frozenset[str] = frozenset()
     short: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `short`
     smoke: dict[str, Any] = field(default_factory=dict)  # further changes of the profile `smoke`
-    fast: dict[str, Any] | None = None  # further changes of the profile `fast`; None: nobody has shown what it does to this method, so there is none
+    # further changes of the profile `fast`; None: no such profile, as nobody has shown what it does here
+    fast: dict[str, Any] | None = None
     data: Callable[[Any, Any], ImageData] = standard_data  # (recipe, root) -> whole data set
     split: Callable[[Any, ImageData], tuple[dict[str, ImageSet], LongTail]] = standard_split
     network: Callable[[Context], nn.Module] = standard_network
-    check: Callable[[Context], None] = lambda context: None  # raises `UserError` before training for what would fail in a later stage
-    printed: dict[str, tuple[str, str]] = field(default_factory=dict)  # stage -> (paper, method) under which the published table has it
-    stage1: str = 'plain'  # name of its way to train a first stage; a second stage takes over only what was trained in its own way
+    # raises `UserError` before training for what would fail in a later stage
+    check: Callable[[Context], None] = lambda context: None
+    # stage -> (paper, method) under which the published table has it
+    printed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # name of its way to train a first stage; a second stage takes over only what was trained in its own way
+    stage1: str = 'plain'
     stage1_settings: tuple[str, ...] = ()  # own settings that shape stage 1
-    sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)  # name -> rows of it, each a dict of name, method, changes of the recipe and, if it needs one, profile
+    # name -> rows of it, each a dict of name, method, changes of the recipe and, if it needs one, profile
+    sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)
     hidden: bool = False  # left out of lists, for examples in notebooks
 
     def stages_of(self, recipe: Recipe) -> dict[str, Callable[[Context], Stage | None]]:

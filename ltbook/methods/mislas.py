@@ -9,7 +9,8 @@ __all__ = ['RECIPES', 'mislas', 'MislasSettings', 'stage1', 'strength', 'stage2'
 from typing import Literal
 from ..losses.smoothing import label_aware_smoothing, smoothing_strength
 from .fast import fast_rows
-from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
+from .method import (
+    Context, Length, Method, NonNegative, Positive, Published, Settings, register)
 from .stages import classifier_stage, representation_stage
 from ..models.heads import ScaledHead
 from ..train.stage import Stage
@@ -40,7 +41,8 @@ def strength(
 ):  # (C,) float64 tensor
     "Smoothing of every class. Raises `UserError` for equal counts or strengths outside [0, 1)."
     s = context.settings
-    return smoothing_strength(context.trained_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
+    return smoothing_strength(
+        context.trained_counts, s.smooth_head, s.smooth_tail, s.smooth_shape, s.smooth_power)
 
 # %% ../../nbs/methods/52_mislas.ipynb #71f1785e
 def stage2(
@@ -50,26 +52,48 @@ def stage2(
     s, net = context.settings, context.network
     eps = strength(context).float().to(context.compute.device)
     net.head = ScaledHead(net.head, context.n_classes).to(context.compute.device)
-    groups = [dict(params=list(net.head.head.parameters()), lr_factor=s.head_lr_factor), dict(params=[net.head.scale])]
-    return classifier_stage(context, groups, lambda z, b: label_aware_smoothing(z, b['y'], eps, s.smooth_target),
-                            epochs=s.stage2_epochs, lr=s.stage2_lr, shift_bn=s.shift_bn)
+    groups = [
+        dict(params=list(net.head.head.parameters()), lr_factor=s.head_lr_factor),
+        dict(params=[net.head.scale])]
+    return classifier_stage(
+        context,
+        groups,
+        lambda z, b: label_aware_smoothing(z, b['y'], eps, s.smooth_target),
+        epochs=s.stage2_epochs,
+        lr=s.stage2_lr,
+        shift_bn=s.shift_bn)
 
 # %% ../../nbs/methods/52_mislas.ipynb #77c24cbe
 def _cifar(name, imbalance, head, tail, factor, shift):
     "One CIFAR row of the table."
-    return Published(name, imbalance, dict(smooth_head=head, smooth_tail=tail, head_lr_factor=factor, shift_bn=shift), 'MiSLAS, authors\' configuration files (CVPR 2021)')
+    return Published(
+        name, imbalance,
+        dict(smooth_head=head, smooth_tail=tail, head_lr_factor=factor, shift_bn=shift),
+        'MiSLAS, authors\' configuration files (CVPR 2021)')
 
 def _large(name, epochs, weight_decay, head, tail, backbone):
     "One large-scale row of the table."
-    return Published(name, None, dict(backbone=backbone, epochs=epochs, batch_size=256, schedule='cosine', weight_decay=weight_decay, mixup_alpha=0.2,
-                                      smooth_head=head, smooth_tail=tail, head_lr_factor=0.05), 'MiSLAS, authors\' configuration files (CVPR 2021); needs a large-scale loader')
+    return Published(
+        name, None,
+        dict(backbone=backbone, epochs=epochs, batch_size=256, schedule='cosine',
+             weight_decay=weight_decay, mixup_alpha=0.2,
+             smooth_head=head, smooth_tail=tail, head_lr_factor=0.05),
+        'MiSLAS, authors\' configuration files (CVPR 2021); needs a large-scale loader')
 
 RECIPES = (
-    _cifar('cifar10', 100, 0.3, 0.0, 0.5, False), _cifar('cifar10', 50, 0.2, 0.0, 0.2, False), _cifar('cifar10', 10, 0.1, 0.0, 0.2, False),
-    _cifar('cifar100', 100, 0.4, 0.1, 0.2, True), _cifar('cifar100', 50, 0.3, 0.0, 0.1, True), _cifar('cifar100', 10, 0.2, 0.0, 0.1, True),
-    _large('imagenet_lt', 180, 5e-4, 0.3, 0.0, 'resnet50'), _large('inaturalist2018', 200, 1e-4, 0.3, 0.0, 'resnet50'),
+    _cifar('cifar10', 100, 0.3, 0.0, 0.5, False),
+    _cifar('cifar10', 50, 0.2, 0.0, 0.2, False),
+    _cifar('cifar10', 10, 0.1, 0.0, 0.2, False),
+    _cifar('cifar100', 100, 0.4, 0.1, 0.2, True),
+    _cifar('cifar100', 50, 0.3, 0.0, 0.1, True),
+    _cifar('cifar100', 10, 0.2, 0.0, 0.1, True),
+    _large('imagenet_lt', 180, 5e-4, 0.3, 0.0, 'resnet50'),
+    _large('inaturalist2018', 200, 1e-4, 0.3, 0.0, 'resnet50'),
     _large('places_lt', 90, 5e-4, 0.4, 0.1, 'resnet152_frozen'),
-    Published('digits', None, dict(epochs=100, smooth_head=0.3, smooth_tail=0.0, head_lr_factor=0.5), 'ltbook: the smoothing of CIFAR-10 with the shift on; no paper uses digits'),
+    Published(
+        'digits', None,
+        dict(epochs=100, smooth_head=0.3, smooth_tail=0.0, head_lr_factor=0.5),
+        'ltbook: the smoothing of CIFAR-10 with the shift on; no paper uses digits'),
 )
 
 # %% ../../nbs/methods/52_mislas.ipynb #576cb905

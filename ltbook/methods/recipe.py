@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
 from ..data.checks import UserError
 from ..data.images import DATASETS
@@ -27,7 +28,8 @@ from ..train.schedule import SCHEDULES
 # %% ../../nbs/methods/501_recipe.ipynb #7ba6d10f
 class Settings(BaseModel):
     "Base of the settings of one method. Fields are typed and have defaults; unknown names are refused."
-    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)      # so that defaults and values read back are the same
+    # so that defaults and values read back are the same
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)
 
 # %% ../../nbs/methods/501_recipe.ipynb #6b06cc7f
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -68,10 +70,13 @@ class Recipe(BaseModel):
     # what is learned from what
     method: str = _fact()  # name in the registry
     dataset: str = _fact()  # name for `load_images`
-    imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = _fact()  # largest over smallest class; None takes the train part as it is
+    # largest over smallest class; None takes the train part as it is
+    imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = _fact()
     long_tail: Literal['exp', 'step'] = _fact('exp', stage1=True)  # shape of the class counts
     data_seed: Seed = _fact(0, stage1=True)  # which images are kept
-    hold_out: Whole = _fact(0, stage1=True, since='0.2')  # the last images of every train class that stand in for the test part, to choose settings by; 0 for the test part itself
+    # the last images of every train class that stand in for the test part, to choose settings by;
+    # 0 for the test part itself
+    hold_out: Whole = _fact(0, stage1=True, since='0.2')
     seed: Seed = _fact(0, stage1=True, hashed=False)  # initial weights, order of the images, augmentation
     profile: Literal['paper', 'short', 'fast', 'smoke'] = _fact('paper')
     start: str | None = _fact(None)  # run whose first stage is taken over, as dataset/method/seed-hash
@@ -85,37 +90,53 @@ class Recipe(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = _fact(0.9, stage1=True)
     nesterov: bool = _fact(False, stage1=True)
     weight_decay: NonNegative = _fact(2e-4, stage1=True)  # on everything that trains
-    sam_rho: NonNegative = _fact(0., stage1=True, since='0.3')  # radius of sharpness-aware minimisation; 0 is none
-    average: Literal['none', 'ema', 'swa'] = _fact('none', stage1=True, since='0.3')  # of the weights; what is tested and saved is the average
+    # radius of sharpness-aware minimisation; 0 is none
+    sam_rho: NonNegative = _fact(0., stage1=True, since='0.3')
+    # of the weights; what is tested and saved is the average
+    average: Literal['none', 'ema', 'swa'] = _fact('none', stage1=True, since='0.3')
     average_decay: Share = _fact(0.999, stage1=True, since='0.3')  # of ema, a step
-    average_start: Share = _fact(0.75, stage1=True, since='0.3')  # of swa, part of the epochs after which it collects
+    # of swa, part of the epochs after which it collects
+    average_start: Share = _fact(0.75, stage1=True, since='0.3')
     # the network
     backbone: str = _fact('resnet32', stage1=True)  # a name of ltbook.models.backbones.BACKBONES
     head: Literal['linear', 'cosine'] = _fact('linear', stage1=True)
     # the loss, where the method does not fix it
-    loss: str = _fact('cross_entropy', stage1=True, since='0.3', was=_META)  # a name of ltbook.losses.named.LOSSES
+    loss: str = _fact('cross_entropy', stage1=True, since='0.3', was=_META)  # name in losses.named.LOSSES
     focal_gamma: NonNegative = _fact(1.0, stage1=True, since='0.3', was=_META)
-    equalization_threshold: NonNegative = _fact(0.005, stage1=True, since='0.3', was=_META)  # share of the images below which a class is rare
-    equalization_drop: Share = _fact(0.9, stage1=True, since='0.3', was=_META)  # probability that a batch spares rare classes
-    adjustment_tau: NonNegative = _fact(1.0, stage1=True, since='0.3', was=_META)  # of the logit adjustment
-    ldam_margin: NonNegative = _fact(0.5, stage1=True, since='0.3', was=_META)  # largest margin; needs head=cosine
+    # share of the images below which a class is rare
+    equalization_threshold: NonNegative = _fact(0.005, stage1=True, since='0.3', was=_META)
+    # probability that a batch spares rare classes
+    equalization_drop: Share = _fact(0.9, stage1=True, since='0.3', was=_META)
+    # of the logit adjustment
+    adjustment_tau: NonNegative = _fact(1.0, stage1=True, since='0.3', was=_META)
+    # largest margin; needs head=cosine
+    ldam_margin: NonNegative = _fact(0.5, stage1=True, since='0.3', was=_META)
     # the images of a training
-    pad: Whole | None = _fact(None, stage1=True, since='0.3')  # of the random crop, pixels; None is that of the data set
-    pad_mode: Literal['constant', 'reflect', 'reflect+constant'] = _fact('constant', stage1=True, since='0.3', was=_META)
-    flip: bool | None = _fact(None, stage1=True, since='0.3')  # mirror half of them; None as the data set says
-    rotation: Annotated[float, Field(ge=0, le=180)] = _fact(0., stage1=True, since='0.3', was=_EXPERTS)  # largest angle to either side, degrees
-    jitter: Share = _fact(0., stage1=True, since='0.3')  # largest change of brightness, contrast and saturation
+    pad: Whole | None = _fact(None, stage1=True, since='0.3')  # of the random crop; None: the data set's
+    pad_mode: Literal['constant', 'reflect', 'reflect+constant'] = _fact(
+        'constant', stage1=True, since='0.3', was=_META)
+    flip: bool | None = _fact(None, stage1=True, since='0.3')  # mirror half of them; None: the data set's
+    # largest angle to either side, degrees
+    rotation: Annotated[float, Field(ge=0, le=180)] = _fact(
+        0., stage1=True, since='0.3', was=_EXPERTS)
+    # largest change of brightness, contrast and saturation
+    jitter: Share = _fact(0., stage1=True, since='0.3')
     auto_augment: bool = _fact(False, stage1=True, since='0.3', was=_META)  # the policy found for CIFAR-10
     cutout_side: Whole = _fact(0, stage1=True, since='0.3', was=_META)  # pixels; 0 is no Cutout
-    mixup_alpha: NonNegative = _fact(0., stage1=True, since='0.3', was=_MIXUP)  # of Beta(alpha, alpha), in the first stage; 0 is no mixup
-    first_side: Annotated[int, Field(ge=4, multiple_of=4)] | None = _fact(None, stage1=True, since='0.2')  # side of the images at the start, pixels, for stages whose images grow; images that are no larger keep theirs; None is full size throughout
+    # of Beta(alpha, alpha), in the first stage; 0 is no mixup
+    mixup_alpha: NonNegative = _fact(0., stage1=True, since='0.3', was=_MIXUP)
+    # side of the images at the start, pixels, for stages whose images grow; images that are no larger
+    # keep theirs; None is full size throughout
+    first_side: Annotated[int, Field(ge=4, multiple_of=4)] | None = _fact(None, stage1=True, since='0.2')
     # how it is computed and measured
     precision: Literal['fp32', 'bf16'] = _fact('fp32', stage1=True)  # of training; evaluation is always fp32
     channels_last: bool = _fact(True)
     compile: bool = _fact(False)
-    capture: bool = _fact(False, hashed=False)  # steps on fixed buffers, replayed as one graph on a GPU; the same numbers
+    # steps on fixed buffers, replayed as one graph on a GPU; the same numbers
+    capture: bool = _fact(False, hashed=False)
     shot_rule: str = _fact('100/20')  # which classes are many, medium, few
-    test_every: Whole = _fact(0)  # epochs between looks at the test set, for `best_on_test`; 0 only at the end
+    # epochs between looks at the test set, for `best_on_test`; 0 only at the end
+    test_every: Whole = _fact(0)
     settings: SerializeAsAny[Settings] = _fact(Settings())  # the method's own
     source: str = _fact('', hashed=False)  # where the values come from
 
@@ -123,11 +144,14 @@ class Recipe(BaseModel):
     @classmethod
     def _known_names(cls, values):
         unknown = sorted(set(values) - set(cls.model_fields))
-        if unknown: raise UserError(f'Unknown field {", ".join(unknown)}. Fields of a recipe: {", ".join(cls.model_fields)}.')
+        if unknown:
+            raise UserError(f'Unknown field {", ".join(unknown)}. '
+                            f'Fields of a recipe: {", ".join(cls.model_fields)}.')
         usual = get_method(values['method']).defaults if isinstance(values.get('method'), str) else {}
         own = values.get('settings', {})
         if not isinstance(own, dict): return usual | values
-        moved = {k: own[k] for k in own if values.get('method') in FACTS.get(k, {}).get('was', ())}      # a recipe older than the field
+        # a recipe older than the field
+        moved = {k: own[k] for k in own if values.get('method') in FACTS.get(k, {}).get('was', ())}
         return usual | moved | values | {'settings': {k: v for k, v in own.items() if k not in moved}}
 
     @field_validator('settings', mode='before')
@@ -139,14 +163,19 @@ class Recipe(BaseModel):
     @field_validator('shot_rule', 'schedule', 'loss', 'backbone')
     @classmethod
     def _known_name(cls, v, info):
-        known = dict(shot_rule=SHOT_RULES, schedule=SCHEDULES, loss=LOSSES, backbone=(*BACKBONES, *DECLARED))[info.field_name]
+        known = dict(
+            shot_rule=SHOT_RULES,
+            schedule=SCHEDULES,
+            loss=LOSSES,
+            backbone=(*BACKBONES, *DECLARED))[info.field_name]
         if v not in known: raise ValueError(f'choose from: {", ".join(known)}')
         return v
 
 FACTS = {k: f.json_schema_extra for k, f in Recipe.model_fields.items()}  # name -> stage1, hashed, since, was
 STAGE1_FIELDS = tuple(k for k, f in FACTS.items() if f['stage1'])
 UNHASHED = tuple(k for k, f in FACTS.items() if not f['hashed'])
-LOSS_FIELDS = ('loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
+LOSS_FIELDS = (
+    'loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
 
 # %% ../../nbs/methods/501_recipe.ipynb #dfcfface
 def flat(
@@ -167,13 +196,15 @@ def changed(
 def recipe_hash(
     recipe: Recipe,  # any recipe
 ) -> str:  # 8 hexadecimal digits
-    "Short hash of what decides a result. Younger fields count only where they are not what the method does anyway."
+    ("Short hash of what decides a result. "
+     "Younger fields count only where they are not what the method does anyway.")
     values, own, named = recipe.model_dump(), recipe.settings.model_dump(), {}
     usual = get_method(recipe.method).defaults
     for k, fact in FACTS.items():
         if not fact['hashed'] or k == 'settings': continue
         if recipe.method in fact['was']: own[k] = values[k]
-        elif fact['since'] == '0.1' or values[k] != usual.get(k, Recipe.model_fields[k].default): named[k] = values[k]
+        elif fact['since'] == '0.1' or values[k] != usual.get(k, Recipe.model_fields[k].default):
+            named[k] = values[k]
     text = json.dumps(named | dict(settings=own), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -185,11 +216,17 @@ def published_row(
 ) -> Published:  # changes and source
     "The published values nearest to what is wanted."
     rows = [p for p in method.recipes if p.dataset == dataset]
-    if not rows: return Published(dataset, imbalance, {}, f'defaults of {method.name}: nothing was published for {dataset}', False)
+    if not rows:
+        return Published(
+            dataset, imbalance, {},
+            f'defaults of {method.name}: nothing was published for {dataset}', False)
     exact = [p for p in rows if p.imbalance is None or p.imbalance == imbalance]
     if exact: return exact[0]
     near = min(rows, key=lambda p: abs(math.log(p.imbalance/(imbalance or 1))))
-    return Published(dataset, imbalance, near.changes, f'{near.source}; values of imbalance {near.imbalance:g}, as nothing was published for {imbalance or "none"}', False)
+    return Published(
+        dataset, imbalance, near.changes,
+        f'{near.source}; values of imbalance {near.imbalance:g}, '
+        f'as nothing was published for {imbalance or "none"}', False)
 
 # %% ../../nbs/methods/501_recipe.ipynb #2ca22e21
 WORDS = ('method', 'dataset', 'imbalance', 'profile', 'source')  # given apart, never as a change
@@ -198,36 +235,57 @@ PROFILES = {'paper': {}, 'short': dict(epochs=40), 'fast': FAST, 'smoke': dict(e
 def recipe(
     method: str,  # name of a method
     dataset: str = 'digits',  # name of a data set
-    imbalance: float | None = None,  # None: the usual one of the data set (digits 20, CIFAR 100, one's own as it is)
+    # None: the usual one of the data set (digits 20, CIFAR 100, one's own as it is)
+    imbalance: float | None = None,
     profile: str = 'short',  # paper | short | fast | smoke
     **changes: Any,  # fields of the recipe or settings of the method
 ) -> Recipe:  # validated
-    "The published recipe nearest to the words, with changes. Raises `UserError` that names the right fields or types."
+    ("The published recipe nearest to the words, with changes. "
+     "Raises `UserError` that names the right fields or types.")
     m = get_method(method)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
     elif not 1 <= imbalance < math.inf:
-        raise UserError(f'The imbalance is the largest over the smallest class, a number from 1 on; got {imbalance}.')
-    if profile == 'fast' and m.fast is None and not changes.get('start'):      # a second stage may follow a fast first one
+        raise UserError('The imbalance is the largest over the smallest class, a number from 1 on; '
+                        f'got {imbalance}.')
+    # a second stage may follow a fast first one
+    if profile == 'fast' and m.fast is None and not changes.get('start'):
         have = ', '.join(k for k, v in methods().items() if v.fast is not None)
-        raise UserError(f'{method} has no profile fast; {have} have. Use short, or the changes of fast one by one with --set.')
+        raise UserError(f'{method} has no profile fast; {have} have. '
+                        'Use short, or the changes of fast one by one with --set.')
     row = published_row(m, dataset, imbalance)
-    of_profile = PROFILES.get(profile, {}) | dict(short=m.short, fast=m.fast or {}, smoke=m.smoke).get(profile, {})
+    of_profile = (
+        PROFILES.get(profile, {})
+        | dict(short=m.short, fast=m.fast or {}, smoke=m.smoke).get(profile, {}))
     values = m.defaults | row.changes | of_profile | changes
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)
     unknown = [k for k in values if k not in fields | own]
     if unknown: raise UserError(_unknown_names(unknown, m, fields, own))
-    idle = [k for k in changes if k in m.unused and changes[k] != m.defaults.get(k, Recipe.model_fields[k].default)]
+    idle = [
+        k for k in changes
+        if k in m.unused and changes[k] != m.defaults.get(k, Recipe.model_fields[k].default)]
     if idle: raise UserError(f'{method} does not use {", ".join(idle)}: leave it out.')
-    common = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, source=row.source + ('; changed by the profile fast' if profile == 'fast' else '')) | {k: v for k, v in values.items() if k in fields}
+    common = dict(
+        method=method,
+        dataset=dataset,
+        imbalance=imbalance,
+        profile=profile,
+        source=row.source + ('; changed by the profile fast' if profile == 'fast' else '')
+    ) | {k: v for k, v in values.items() if k in fields}
     try: return Recipe(**common, settings=m.settings(**{k: v for k, v in values.items() if k in own}))
     except ValidationError as e: raise UserError(_wrong_values(e)) from None
 
 # %% ../../nbs/methods/501_recipe.ipynb #616a39ed
 def _unknown_names(unknown: list[str], method, fields: set[str], own: set[str]) -> str:
     "Message for names that are neither a field nor a setting."
-    hints = [f'{u!r}' + ''.join(f' (did you mean {n}?)' for n in get_close_matches(u, fields | own, 1, 0.6)) for u in unknown]
-    return f'Unknown setting {", ".join(hints)}. Settings of {method.name}: {", ".join(sorted(own)) or "none"}. Of every recipe: {", ".join(sorted(fields))}.'
+    hints = [
+        f'{u!r}' + ''.join(f' (did you mean {n}?)' for n in get_close_matches(u, fields | own, 1, 0.6))
+        for u in unknown]
+    return (f'Unknown setting {", ".join(hints)}. '
+            f'Settings of {method.name}: {", ".join(sorted(own)) or "none"}. '
+            f'Of every recipe: {", ".join(sorted(fields))}.')
 
 def _wrong_values(error: ValidationError) -> str:
     "Message for values of the wrong type or out of range."
-    return '; '.join(f'{".".join(map(str, e["loc"][:1]))} = {e["input"]!r}: {e["msg"][0].lower()}{e["msg"][1:]}' for e in error.errors()) + '.'
+    return '; '.join(
+        f'{".".join(map(str, e["loc"][:1]))} = {e["input"]!r}: {e["msg"][0].lower()}{e["msg"][1:]}'
+        for e in error.errors()) + '.'

@@ -24,7 +24,8 @@ def register(
 
 # %% ../../nbs/methods/500_registry.ipynb #6aa687d1
 def methods() -> dict:  # name -> `Method`, sorted
-    "All methods by name: of this package, of installed packages (entry points `ltbook.methods`), of LTBOOK_IMPORT, registered here."
+    ("All methods by name: of this package, of installed packages (entry points `ltbook.methods`), "
+     "of LTBOOK_IMPORT, registered here.")
     package, mine = importlib.import_module('ltbook.methods'), dict(_methods)
     for m in pkgutil.iter_modules(package.__path__): importlib.import_module(f'ltbook.methods.{m.name}')
     _installed()
@@ -37,7 +38,9 @@ def _installed() -> None:
     "Import what installed packages announce; one that fails is told and left out."
     for point in entry_points(group='ltbook.methods'):
         try: point.load()
-        except Exception as e: warnings.warn(f'The methods of {point.value} cannot be loaded ({type(e).__name__}: {e}).', stacklevel=2)
+        except Exception as e:
+            warnings.warn(f'The methods of {point.value} cannot be loaded ({type(e).__name__}: {e}).',
+                          stacklevel=2)
 
 @cache
 def import_methods(
@@ -53,7 +56,8 @@ def import_methods(
         else:
             if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
             importlib.import_module(module)
-    except Exception as e: raise UserError(f'{module} cannot be imported ({type(e).__name__}: {e}).') from None
+    except Exception as e:
+        raise UserError(f'{module} cannot be imported ({type(e).__name__}: {e}).') from None
 
 # %% ../../nbs/methods/500_registry.ipynb #d1edac7f
 def get_method(

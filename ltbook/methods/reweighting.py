@@ -21,7 +21,8 @@ from ..losses.cross_entropy import weighted_mean
 from ..losses.reweighting import cdb_weights, class_balanced_weights, deferred, inverse_frequency_weights
 from ..losses.smoothing import label_aware_smoothing, smoothing_strength
 from ..measure.accuracy import per_class_accuracy
-from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
+from .method import (
+    Context, Length, Method, NonNegative, Positive, Published, Settings, register)
 from .stages import Lot, classifier_stage, recipe_loss, representation_stage
 from ..models.heads import ScaledHead
 from ..train.loop import predict
@@ -31,26 +32,36 @@ from ..train.stage import KeepBest, Stage
 class MetaSettings(Settings):
     "A balanced set apart, and the second stage."
     n_meta: Length = 25  # images of every class put aside
-    meta_val_split: Annotated[int, Field(ge=0)] = 0  # so many of them for the meta loss, the others for accuracies and choice; 0: all for everything
-    select: Literal['last', 'val'] = 'last'  # epoch to end stage 1 with: the last, or the best on the balanced set
+    # so many of them for the meta loss, the others for accuracies and choice; 0: all for everything
+    meta_val_split: Annotated[int, Field(ge=0)] = 0
+    # epoch to end stage 1 with: the last, or the best on the balanced set
+    select: Literal['last', 'val'] = 'last'
     smoothing: bool = True  # a second stage: the classifier anew under label-aware smoothing
     smooth_head: Annotated[float, Field(ge=0, lt=1)] = 0.4  # epsilon of the largest class
     smooth_tail: Annotated[float, Field(ge=0, lt=1)] = 0.1  # epsilon of the smallest class
     stage2_epochs: Length = 50
     stage2_lr: Positive = 0.05
-    stage2_length: Literal['nominal', 'train'] = 'nominal'  # draws of an epoch: largest class times C, or about as many as train images
+    # draws of an epoch: largest class times C, or about as many as train images
+    stage2_length: Literal['nominal', 'train'] = 'nominal'
 
 # %% ../../nbs/methods/591_reweighting.ipynb #c51ef7ac
 def meta_split(
     recipe,  # with imbalance, long_tail and settings
     data: ImageData,  # whole data set
-) -> tuple[dict[str, ImageSet], MetaTail]:  # parts train, meta, val, test; which images were kept and put aside
+) -> tuple[dict[str, ImageSet], MetaTail]:  # parts train, meta, val, test; images kept and put aside
     "A long tail and, apart from it, a balanced set. Raises `UserError` where a class is too small."
-    if recipe.data_seed: raise UserError(f'Nothing is drawn by lot here: the first and the last images of a class are taken. Leave data_seed out (got {recipe.data_seed}).')
-    s, tail = recipe.settings, meta_tail(data.train.labels, recipe.imbalance, recipe.settings.n_meta, recipe.long_tail)
+    if recipe.data_seed:
+        raise UserError('Nothing is drawn by lot here: the first and the last images of a class are taken. '
+                        f'Leave data_seed out (got {recipe.data_seed}).')
+    s, tail = recipe.settings, meta_tail(
+        data.train.labels, recipe.imbalance, recipe.settings.n_meta, recipe.long_tail)
     aside = data.train.subset(tail.meta)
     first, rest = halves(aside.labels, s.meta_val_split) if s.meta_val_split else [np.arange(len(aside))]*2
-    return dict(train=data.train.subset(tail.indices), meta=aside.subset(first), val=aside.subset(rest), test=data.test), tail
+    return dict(
+        train=data.train.subset(tail.indices),
+        meta=aside.subset(first),
+        val=aside.subset(rest),
+        test=data.test), tail
 
 # %% ../../nbs/methods/591_reweighting.ipynb #a439730c
 def class_accuracies(
@@ -59,19 +70,26 @@ def class_accuracies(
 ) -> Tensor:  # (C,) float32 on the device, in [0, 1]
     "Accuracy of every class on a part, in eval mode. Raises `UserError` for a class without images in it."
     data = context.parts[part]
-    per_class = per_class_accuracy(predict(context.network, context.plain(part), len(data))['logits'], data.labels.cpu(), context.n_classes)
-    if not np.isfinite(per_class).all(): raise UserError(f'Class {np.flatnonzero(~np.isfinite(per_class))[0]} has no image in the part {part}, so its accuracy is unknown.')
+    per_class = per_class_accuracy(
+        predict(context.network, context.plain(part), len(data))['logits'],
+        data.labels.cpu(),
+        context.n_classes)
+    if not np.isfinite(per_class).all():
+        raise UserError(f'Class {np.flatnonzero(~np.isfinite(per_class))[0]} has no image '
+                        f'in the part {part}, so its accuracy is unknown.')
     return torch.as_tensor(per_class, dtype=torch.float32, device=context.compute.device)
 
 class ClassWeigher:
-    "Class weights of a run: constant, or from the accuracies after each epoch. A stage's hooks and part of its state."
+    ("Class weights of a run: constant, or from the accuracies after each epoch. "
+     "A stage's hooks and part of its state.")
     def __init__(
         self,
         context: Context,  # network, data and settings
         weights: Callable[[Tensor, int], Tensor],  # (accuracies (C,), epoch) -> (C,), mean 1
     ):
         self.context, self.rule, self.epoch = context, weights, 0
-        self.accuracies, self.current = (torch.zeros(context.n_classes, device=context.compute.device) for _ in range(2))
+        self.accuracies, self.current = (
+            torch.zeros(context.n_classes, device=context.compute.device) for _ in range(2))
         self.current.copy_(self.weights())
 
     def weights(self) -> Tensor:
@@ -89,7 +107,8 @@ class ClassWeigher:
         return {}
 
     def before_step(self, batch: dict, lr: float | Tensor) -> dict:
-        "The batch with `weight` (B,), those of its labels `y`, and where it is mixed `weight_mix` (B,), those of `y_mix`."
+        ("The batch with `weight` (B,), those of its labels `y`, and where it is mixed "
+         "`weight_mix` (B,), those of `y_mix`.")
         more = dict(weight_mix=self.current[batch['y_mix']]) if 'y_mix' in batch else {}
         return batch | dict(weight=self.current[batch['y']]) | more
 
@@ -113,7 +132,8 @@ def weighted_stage(
     def weighted(z, b):
         own = weighted_mean(loss(z, b['y'], reduction='none'), b['weight'])
         if 'y_mix' not in b: return own
-        return b['lam']*own + (1 - b['lam'])*weighted_mean(loss(z, b['y_mix'], reduction='none'), b['weight_mix'])
+        return b['lam']*own + (1 - b['lam'])*weighted_mean(
+            loss(z, b['y_mix'], reduction='none'), b['weight_mix'])
     stage = representation_stage(context, weighted)
     stage.draw, stage.before_step, stage.recordable = weigher.draw, weigher.before_step, True
     if lot:
@@ -123,10 +143,13 @@ def weighted_stage(
     stage.state = stage.state | dict(weigher=weigher) | (dict(lot=lot) if lot else {})
     context.notes['meta_images'] = len(context.tail.meta)
     if context.settings.select == 'val':
-        if stage.average: raise UserError('The best epoch is chosen by the weights as they are: leave out average or select=val.')
+        if stage.average:
+            raise UserError('The best epoch is chosen by the weights as they are: '
+                            'leave out average or select=val.')
         best = KeepBest(context.network, score=lambda: weigher.accuracies.mean().item())
         stage.after_epoch = lambda e: weigher.after_epoch(e) | best.look(e)
-        stage.at_end, stage.state, stage.selection = best.put_back, stage.state | dict(best=best), 'best_on_val'
+        stage.at_end, stage.state, stage.selection = (
+            best.put_back, stage.state | dict(best=best), 'best_on_val')
     return stage
 
 # %% ../../nbs/methods/591_reweighting.ipynb #d945cf93
@@ -135,7 +158,10 @@ def smoothing(
 ) -> Tensor | None:  # (C,) float32 on the device; None without a second stage
     "Smoothing of every class. Raises `UserError` for equal counts."
     s = context.settings
-    return smoothing_strength(context.trained_counts, s.smooth_head, s.smooth_tail).float().to(context.compute.device) if s.smoothing else None
+    return (
+        smoothing_strength(
+            context.trained_counts, s.smooth_head, s.smooth_tail).float().to(context.compute.device)
+        if s.smoothing else None)
 
 def stage2(
     context: Context,  # network of stage 1; its head is replaced by a scaled one
@@ -144,8 +170,14 @@ def stage2(
     s, eps, net = context.settings, smoothing(context), context.network
     if eps is None: return None
     net.head = ScaledHead(net.head, context.n_classes).to(context.compute.device)
-    stage = classifier_stage(context, [dict(params=list(net.head.parameters()))], lambda z, b: label_aware_smoothing(z, b['y'], eps), s.stage2_epochs, s.stage2_lr,
-                             shift_bn=False, nominal=s.stage2_length == 'nominal')
+    stage = classifier_stage(
+        context,
+        [dict(params=list(net.head.parameters()))],
+        lambda z, b: label_aware_smoothing(z, b['y'], eps),
+        s.stage2_epochs,
+        s.stage2_lr,
+        shift_bn=False,
+        nominal=s.stage2_length == 'nominal')
     stage.after_epoch = lambda e: dict(scales=net.head.scale.detach().clone())
     return stage
 
@@ -162,10 +194,15 @@ def weight_rule(
 ) -> Callable[[Tensor, int], Tensor]:  # (accuracies (C,), epoch) -> (C,)
     "The class weights the settings name, as a function of what was measured."
     s, n = context.settings, torch.as_tensor(context.trained_counts)
-    ones, start = torch.ones(context.n_classes, device=context.compute.device), round(s.defer*context.recipe.epochs)
+    ones, start = (
+        torch.ones(context.n_classes, device=context.compute.device),
+        round(s.defer*context.recipe.epochs))
     if s.weights == 'cdb': rule = lambda a, e: cdb_weights(a, s.tau) if e else ones
     else:
-        fixed = dict(none=lambda: ones, inverse=lambda: inverse_frequency_weights(n), class_balanced=lambda: class_balanced_weights(n, s.beta))[s.weights]()
+        fixed = dict(
+            none=lambda: ones,
+            inverse=lambda: inverse_frequency_weights(n),
+            class_balanced=lambda: class_balanced_weights(n, s.beta))[s.weights]()
         rule = lambda a, e: fixed
     return lambda a, e: deferred(rule(a, e), e, start)
 
@@ -177,22 +214,30 @@ def stage1(
 
 # %% ../../nbs/methods/591_reweighting.ipynb #e999ddb0
 SOURCE = "Difficulty-Net, authors' code (WACV 2023)"
-DIGITS = dict(epochs=100, lr=0.1, schedule='half_start', weight_decay=1e-4, n_meta=10, auto_augment=False, cutout_side=0, pad_mode='constant',
-              smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10, stage2_length='train')
+DIGITS = dict(
+    epochs=100, lr=0.1, schedule='half_start', weight_decay=1e-4, n_meta=10,
+    auto_augment=False, cutout_side=0, pad_mode='constant',
+    smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10, stage2_length='train')
 SHORT = dict(stage2_epochs=10, stage2_length='train')
 SMOKE = dict(stage2_epochs=1, stage2_length='train')
-SMOOTHING = {200: (0.4, 0.0), 100: (0.4, 0.1), 50: (0.3, 0.0), 20: (0.2, 0.0), 10: (0.2, 0.0)}  # imbalance -> epsilon of head and tail
+# imbalance -> epsilon of head and tail
+SMOOTHING = {200: (0.4, 0.0), 100: (0.4, 0.1), 50: (0.3, 0.0), 20: (0.2, 0.0), 10: (0.2, 0.0)}
 
 def cifar_rows(
     source: str = SOURCE,  # of the values
 ) -> tuple[Published, ...]:  # CIFAR at five imbalances, and the digits
     "The recipes of this protocol."
     common = dict(epochs=12_800, lr=0.2, schedule='half_start', weight_decay=1e-4)
-    rows = [Published(d, i, common | dict(smooth_head=h, smooth_tail=t), source if d == 'cifar100' else f'{source}; the values of CIFAR-100')
-            for d in ('cifar100', 'cifar10') for i, (h, t) in SMOOTHING.items()]
-    return (*rows, Published('digits', None, DIGITS, 'ltbook: the same protocol sized to the digits; no paper uses them'))
+    rows = [
+        Published(
+            d, i, common | dict(smooth_head=h, smooth_tail=t),
+            source if d == 'cifar100' else f'{source}; the values of CIFAR-100')
+        for d in ('cifar100', 'cifar10') for i, (h, t) in SMOOTHING.items()]
+    return (*rows, Published(
+        'digits', None, DIGITS, 'ltbook: the same protocol sized to the digits; no paper uses them'))
 
-DEFAULTS = dict(auto_augment=True, cutout_side=16, pad_mode='reflect+constant')  # of the recipe, in this protocol
+# of the recipe, in this protocol
+DEFAULTS = dict(auto_augment=True, cutout_side=16, pad_mode='reflect+constant')
 STAGE2 = {'smoothing', 'smooth_head', 'smooth_tail', 'stage2_epochs', 'stage2_lr', 'stage2_length'}
 
 def stage1_settings(
@@ -207,8 +252,9 @@ def check(
     "Raise `UserError` for what would fail in a later stage."
     smoothing(context), recipe_loss(context)
 
-_PAPERS = ('Lin et al. 2017, Cui et al. 2019, Cao et al. 2019, Tan et al. 2020, Ren et al. 2020, Sinha et al. 2020, '
-           'Menon et al. 2021')
+_PAPERS = (
+    'Lin et al. 2017, Cui et al. 2019, Cao et al. 2019, Tan et al. 2020, Ren et al. 2020, '
+    'Sinha et al. 2020, Menon et al. 2021')
 
 reweighting = register(Method(
     'reweighting',

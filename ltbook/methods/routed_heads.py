@@ -62,7 +62,9 @@ def start_head(
 ) -> LevelHead:  # the same
     "Copy a trained linear classifier into the first map. Raises `UserError` if it does not fit."
     if trained:
-        if trained[0].shape != head.f_x.weight.shape: raise UserError(f'The classifier {tuple(trained[0].shape)} does not fit features and classes {tuple(head.f_x.weight.shape)}.')
+        if trained[0].shape != head.f_x.weight.shape:
+            raise UserError(f'The classifier {tuple(trained[0].shape)} does not fit '
+                            f'features and classes {tuple(head.f_x.weight.shape)}.')
         head.f_x.weight.copy_(trained[0])
         if getattr(head.f_x, 'bias', None) is not None: head.f_x.bias.copy_(trained[1])
     if quiet and head.f_extra is not None:
@@ -78,7 +80,9 @@ def linear_of(
     if isinstance(head, ScaledHead): head, scale = head.head, head.scale[:, None]
     if type(head) is not nn.Linear: return None
     weight = head.weight*scale
-    bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias*(scale[:, 0] if isinstance(scale, Tensor) else scale)
+    bias = (
+        weight.new_zeros(len(weight)) if head.bias is None
+        else head.bias*(scale[:, 0] if isinstance(scale, Tensor) else scale))
     return weight.detach().clone(), bias.detach().clone()
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #62e84f5d
@@ -108,7 +112,9 @@ class RoutedRows:
     def extra(self, index, level: int, depth: int) -> Tensor | None:
         "Second input of rows: z, and the prior unless they are of the rest."
         if self.z is None: return None
-        return self.z[index] if level == depth or self.prior is None else torch.cat([self.z[index], self.prior[index]], 1)
+        return (
+            self.z[index] if level == depth or self.prior is None
+            else torch.cat([self.z[index], self.prior[index]], 1))
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #b2a2b92c
 class HeadBank(nn.Module):
@@ -148,7 +154,9 @@ class LevelSampler:
         self.streams = []
         for d, p in zip(self.levels, self.positions):
             compact = np.unique(rows.labels.cpu().numpy()[p], return_inverse=True)[1]
-            self.streams.append(ClassAwareSampler(compact, seed + d, n_draws=len(p), repeat=1) if class_aware else InstanceBalanced(np.zeros(len(p), dtype=np.int64), seed + d))
+            self.streams.append(
+                ClassAwareSampler(compact, seed + d, n_draws=len(p), repeat=1) if class_aware
+                else InstanceBalanced(np.zeros(len(p), dtype=np.int64), seed + d))
 
     @property
     def turn(self) -> int:
@@ -170,7 +178,9 @@ class BestState:
     def __init__(self): self.score, self.weights = -math.inf, {}
     def offer(self, score: float, network: nn.Module):
         "Remember the network's weights if the score is better than any before."
-        if score > self.score: self.score, self.weights = score, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+        if score > self.score:
+            self.score, self.weights = (
+                score, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()})
     def bring_back(self, network: nn.Module):
         "Put the remembered weights into the network, if there are any, and forget them."
         if self.weights: network.load_state_dict(self.weights)
@@ -203,7 +213,8 @@ def heads_stage(
 ) -> Stage:  # over the heads
     "Train the heads of a bank, one level after the other."
     one_of(plan.selection, ('last', 'best_on_test'), 'selection')
-    sampler, best, depth = LevelSampler(train, plan.epochs, plan.seed, plan.class_aware), BestState(), len(bank.heads) - 1
+    sampler, best, depth = (
+        LevelSampler(train, plan.epochs, plan.seed, plan.class_aware), BestState(), len(bank.heads) - 1)
     def view(index, rng):
         "A batch of the level whose turn it is."
         i, d = torch.from_numpy(index).to(train.x.device), sampler.levels[sampler.turn]
@@ -213,11 +224,26 @@ def heads_stage(
         d, e = sampler.levels[sampler.turn], epoch % plan.epochs + 1
         mine = (test.level == d).nonzero()[:, 0].to(test.x.device)
         if plan.selection == 'best_on_test' and len(mine) and (e % 5 == 0 or e == plan.epochs):
-            with torch.no_grad(): right = bank.heads[d](test.x[mine], test.extra(mine, d, depth)).argmax(1) == test.labels[mine]
+            with torch.no_grad():
+                right = bank.heads[d](
+                    test.x[mine], test.extra(mine, d, depth)).argmax(1) == test.labels[mine]
             best.offer(right.float().mean().item(), bank.heads[d])
         if e == plan.epochs: best.bring_back(bank.heads[d])
         return dict(level=d)
-    return Stage(name, network, sampler, view, lambda z, b: level_loss(z, b['y'], plan.counts[b['level']], plan.smooth), lr=lambda e: plan.lr,
-                 epochs=plan.epochs*len(sampler.levels), batch_size=min(plan.batch_size, len(sampler)), forward=lambda net, b: bank.heads[b['level']](b['x'], b['extra']),
-                 groups=[dict(params=list(bank.parameters()))], momentum=0.0, steps=plan.max_steps, seed=plan.seed, set_mode=lambda net: bank.train(), after_epoch=choose,
-                 state=dict(best=best), predict=None, outputs=lambda: dict(logits=bank.decide(test)), selection=plan.selection)
+    return Stage(
+        name, network, sampler, view,
+        lambda z, b: level_loss(z, b['y'], plan.counts[b['level']], plan.smooth),
+        lr=lambda e: plan.lr,
+        epochs=plan.epochs*len(sampler.levels),
+        batch_size=min(plan.batch_size, len(sampler)),
+        forward=lambda net, b: bank.heads[b['level']](b['x'], b['extra']),
+        groups=[dict(params=list(bank.parameters()))],
+        momentum=0.0,
+        steps=plan.max_steps,
+        seed=plan.seed,
+        set_mode=lambda net: bank.train(),
+        after_epoch=choose,
+        state=dict(best=best),
+        predict=None,
+        outputs=lambda: dict(logits=bank.decide(test)),
+        selection=plan.selection)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from ..data.checks import UserError
-from ..losses.experts import ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss
+from ..losses.experts import (
+    ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss)
 from ..losses.reweighting import class_balanced_weights
 from .fast import fast_rows
 from .method import Context, Method, Published, Settings, register
@@ -35,7 +36,8 @@ def expert_network(
     r = context.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
-        return ExpertResNet32(context.n_classes, context.train.shape[2], r.head, r.settings.n_experts, r.settings.reduced)
+        return ExpertResNet32(
+            context.n_classes, context.train.shape[2], r.head, r.settings.n_experts, r.settings.reduced)
 
 def expert_stage(
     context: Context,  # with a network of experts
@@ -54,15 +56,22 @@ def sade_stage(
 ) -> Stage:  # over the whole network
     "The skill-diverse loss (section 4.1 of the paper). Raises `UserError` unless there are three experts."
     s = context.settings
-    adjustment = sade_adjustment(torch.as_tensor(context.trained_counts), s.tau).float().to(context.compute.device)
+    adjustment = sade_adjustment(
+        torch.as_tensor(context.trained_counts), s.tau).float().to(context.compute.device)
     if s.n_experts != len(adjustment):
-        raise UserError(f'SADE trains one expert for each of its {len(adjustment)} label distributions, got n_experts = {s.n_experts}: use --set n_experts={len(adjustment)}.')
-    return expert_stage(context, lambda out, batch: skill_diverse_loss(out['experts'], batch['y'], adjustment))
+        raise UserError(f'SADE trains one expert for each of its {len(adjustment)} label distributions, '
+                        f'got n_experts = {s.n_experts}: use --set n_experts={len(adjustment)}.')
+    return expert_stage(
+        context, lambda out, batch: skill_diverse_loss(out['experts'], batch['y'], adjustment))
 
 # %% ../../nbs/methods/56_sade.ipynb #980557d9
 _cifar = dict(head='cosine', nesterov=True, weight_decay=5e-4)
-_imagenet = dict(head='cosine', nesterov=True, backbone='resnext50', epochs=180, batch_size=64, lr=0.025, schedule='cosine')
-_inaturalist = dict(head='cosine', nesterov=True, backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4)
+_imagenet = dict(
+    head='cosine', nesterov=True, backbone='resnext50',
+    epochs=180, batch_size=64, lr=0.025, schedule='cosine')
+_inaturalist = dict(
+    head='cosine', nesterov=True, backbone='resnet50',
+    epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4)
 _code = "SADE, authors' configuration files (NeurIPS 2022)"
 
 EXPERTS = dict(      # what all methods with experts tell the registry
@@ -77,12 +86,18 @@ sade = register(Method(
     dict(stage1=sade_stage),
     SadeSettings,
     (
-    Published('cifar10', None, _cifar | dict(lr=0.05, reduced=False, shot_rule='1000/200'), 'SADE, authors on the published CIFAR-10 runs (issue 11 of their repository)'),
-    Published('cifar100', None, _cifar, _code),
-    Published('imagenet_lt', None, _imagenet | dict(weight_decay=5e-4), _code),
-    Published('inaturalist2018', None, _inaturalist | dict(tau=1.0), _code),
-    Published('digits', None, _cifar | dict(epochs=100), "ltbook: the values of SADE's CIFAR-10 configuration file, as no paper uses digits"),
-),
+        Published(
+            'cifar10', None,
+            _cifar | dict(lr=0.05, reduced=False, shot_rule='1000/200'),
+            'SADE, authors on the published CIFAR-10 runs (issue 11 of their repository)'),
+        Published('cifar100', None, _cifar, _code),
+        Published('imagenet_lt', None, _imagenet | dict(weight_decay=5e-4), _code),
+        Published('inaturalist2018', None, _inaturalist | dict(tau=1.0), _code),
+        Published(
+            'digits', None,
+            _cifar | dict(epochs=100),
+            "ltbook: the values of SADE's CIFAR-10 configuration file, as no paper uses digits"),
+    ),
     fast={},
     sweeps=dict(fast=lambda: fast_rows('sade')),
     stage1='sade',
@@ -118,14 +133,20 @@ def ride_stage(
 ) -> Stage:  # over the whole network
     "LDAM margins and diversity (section 3 of the paper, without routing and distillation)."
     r, s, n = context.recipe, context.settings, torch.as_tensor(context.trained_counts)
-    parts = 30*ldam_margins(n, s.largest_margin), class_balanced_weights(n), ride_temperature(n, s.temperature)
+    parts = (
+        30*ldam_margins(n, s.largest_margin), class_balanced_weights(n), ride_temperature(n, s.temperature))
     margins, weights, temperature = (v.float().to(context.compute.device) for v in parts)
     def loss(out: dict, batch: dict) -> Tensor:
-        return ride_loss(out['experts'], batch['y'], margins, s.diversity, *((weights, temperature) if batch['late'] else ()))
+        return ride_loss(
+            out['experts'], batch['y'], margins, s.diversity,
+            *((weights, temperature) if batch['late'] else ()))
     def draw() -> dict:
         count.steps += 1
         return dict(late=count.epoch >= round(s.late*r.epochs))
-    stage = replace(expert_stage(context, loss), lr=lambda e: step_schedule(e, r.epochs, r.lr, factor=s.drop_factor), draw=draw)
+    stage = replace(
+        expert_stage(context, loss),
+        lr=lambda e: step_schedule(e, r.epochs, r.lr, factor=s.drop_factor),
+        draw=draw)
     count = stage.state['count'] = StepCount(stage.n_batches)
     return stage
 
@@ -137,13 +158,28 @@ ride = register(Method(
     dict(stage1=ride_stage),
     RideSettings,
     (
-    Published('cifar10', None, _cifar | dict(shot_rule='1000/200'), "RIDE, authors' CIFAR-100 configuration with the default diversity"),
-    Published('cifar100', None, _cifar | dict(diversity=-0.45), "RIDE, authors' configuration files (ICLR 2021)"),
-    Published('imagenet_lt', None, _imagenet | dict(epochs=100, batch_size=256, lr=0.1, weight_decay=2e-4, schedule='step', temperature=0.02),
-              "RIDE, authors' configuration files (ICLR 2021)"),
-    Published('inaturalist2018', None, _inaturalist | dict(temperature=0.015), "RIDE, authors' configuration files (ICLR 2021)"),
-    Published('digits', None, _cifar | dict(epochs=100), 'ltbook: the CIFAR-10 values, as no paper uses digits'),
-),
+        Published(
+            'cifar10', None,
+            _cifar | dict(shot_rule='1000/200'),
+            "RIDE, authors' CIFAR-100 configuration with the default diversity"),
+        Published(
+            'cifar100', None,
+            _cifar | dict(diversity=-0.45),
+            "RIDE, authors' configuration files (ICLR 2021)"),
+        Published(
+            'imagenet_lt', None,
+            _imagenet | dict(
+                epochs=100, batch_size=256, lr=0.1, weight_decay=2e-4, schedule='step', temperature=0.02),
+            "RIDE, authors' configuration files (ICLR 2021)"),
+        Published(
+            'inaturalist2018', None,
+            _inaturalist | dict(temperature=0.015),
+            "RIDE, authors' configuration files (ICLR 2021)"),
+        Published(
+            'digits', None,
+            _cifar | dict(epochs=100),
+            'ltbook: the CIFAR-10 values, as no paper uses digits'),
+    ),
     stage1='ride',
     printed=dict(stage1=('SADE', 'RIDE')),
     **EXPERTS))

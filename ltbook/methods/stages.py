@@ -45,18 +45,20 @@ class Lot:
 
 def recipe_loss(
     context: Context,  # recipe and class counts
-) -> tuple[Callable[..., Tensor], Lot | None]:  # (logits, y, reduction) -> loss; the lot, for the equalization loss
+) -> tuple[Callable[..., Tensor], Lot | None]:  # (logits, y, reduction) -> loss; lot of the equalization loss
     "The loss the recipe names. Raises `UserError` for LDAM without a cosine head."
     r, device = context.recipe, context.compute.device
     if r.loss == 'ldam' and r.head != 'cosine': raise UserError('LDAM needs cosines: add --set head=cosine.')
     lot = Lot(r.seed, r.equalization_drop, device) if r.loss == 'equalization' else None
-    options = LossOptions(r.focal_gamma, r.equalization_threshold, r.adjustment_tau, r.ldam_margin, lot and lot.yes)
+    options = LossOptions(
+        r.focal_gamma, r.equalization_threshold, r.adjustment_tau, r.ldam_margin, lot and lot.yes)
     return named_loss(r.loss, torch.as_tensor(context.trained_counts, device=device), options), lot
 
 # %% ../../nbs/methods/51_stages.ipynb #d39d0b4d
 def representation_stage(
     context: Context,  # network, data, recipe
-    loss: Callable[[Tensor, dict], Tensor] | None = None,  # (logits, batch) -> scalar; None: the loss of the recipe
+    # (logits, batch) -> scalar; None: the loss of the recipe
+    loss: Callable[[Tensor, dict], Tensor] | None = None,
     name: str = 'stage1',  # of the stage
     view: TrainView | None = None,  # None: the train part as the recipe augments it
 ) -> Stage:  # over the whole network
@@ -71,9 +73,12 @@ def representation_stage(
         name, context.network, InstanceBalanced(context.train.labels, seed=r.seed), view, loss,
         lr=lambda e: SCHEDULES[r.schedule](e, r.epochs, r.lr),
         epochs=r.epochs, batch_size=r.batch_size, steps=r.max_steps, seed=r.seed,
-        rule=r.optimizer, momentum=r.momentum, nesterov=r.nesterov, weight_decay=r.weight_decay, sam_rho=r.sam_rho,
+        rule=r.optimizer, momentum=r.momentum, nesterov=r.nesterov,
+        weight_decay=r.weight_decay, sam_rho=r.sam_rho,
         before_epoch=grow if r.first_side else None)
-    if lot: stage.draw, stage.before_step, stage.recordable = lot.draw, lambda batch, lr: lot.take(batch), True
+    if lot:
+        stage.draw, stage.before_step, stage.recordable = (
+            lot.draw, lambda batch, lr: lot.take(batch), True)
     if lot: stage.state = dict(lot=lot)
     return averaged(stage, context)
 
@@ -118,7 +123,8 @@ def classifier_stage(
     name: str = 'stage2',  # of the stage
     nominal: bool = False,  # an epoch is N_1 K draws, and not cut after ceil(N/B) + 1 batches
 ) -> Stage:  # over head and, perhaps, BatchNorm statistics
-    "Class-aware training of the head. An epoch is cut after ceil(N/B) + 1 batches, as in the code of MiSLAS, or has the nominal N_1 K draws."
+    ("Class-aware training of the head. An epoch is cut after ceil(N/B) + 1 batches, "
+     "as in the code of MiSLAS, or has the nominal N_1 K draws.")
     r, draws = context.recipe, int(context.trained_counts.max())*context.n_classes
     steps = math.ceil(draws/r.batch_size) if nominal else math.ceil(len(context.train)/r.batch_size) + 1
     if not nominal: draws = steps*r.batch_size

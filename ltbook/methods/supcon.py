@@ -61,7 +61,10 @@ def stage1(
     i, r, tau = context.info, context.recipe, context.settings.temperature
     pad, flip = (i.pad if r.pad is None else r.pad), (i.flip if r.flip is None else r.flip)
     view = TwoViews(context.train, pad, flip, context.settings.p_blur)
-    stage = representation_stage(context, lambda z, b: supervised_contrastive(F.normalize(z, dim=1), b['y'], tau), view=view)
+    stage = representation_stage(
+        context,
+        lambda z, b: supervised_contrastive(F.normalize(z, dim=1), b['y'], tau),
+        view=view)
     stage.forward = lambda net, b: net.projection(net.features(b['x']))
     stage.predict = None      # nothing is classified yet
     return stage

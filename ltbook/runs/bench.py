@@ -109,8 +109,10 @@ def attempt(
         value = measure(seconds)
         json.dumps(value, allow_nan=False)
         return dict(status='measured', value=value)
-    except NotRun as e: return dict(status='not run', reason=str(e))
-    except Exception as e: return dict(status='failed', reason=f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}')
+    except NotRun as e:
+        return dict(status='not run', reason=str(e))
+    except Exception as e:
+        return dict(status='failed', reason=f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}')
 
 def run_rows(
     rows: dict[str, tuple[str, Callable[[float], dict]]],  # name -> unit and function
@@ -138,7 +140,8 @@ def line(
     "Name, baseline, ours and ratio with spreads; or the reason why not."
     if row['status'] != 'measured': return f'{row["name"]:24}{row["status"]}: {row["reason"]}'
     side = lambda k: f'{number(row[k])} ({number(row[f"{k}_spread"][0])} to {number(row[f"{k}_spread"][1])})'
-    return f'{row["name"]:24}{side("baseline"):>29}{side("ours"):>31}  {row["unit"]:9}{number(row["ratio"]):>8}  {row["better"]} is better'
+    return (f'{row["name"]:24}{side("baseline"):>29}{side("ours"):>31}  '
+            f'{row["unit"]:9}{number(row["ratio"]):>8}  {row["better"]} is better')
 
 # %% ../../nbs/runs/691_bench.ipynb #c87b1325
 def device_name() -> str:
@@ -159,8 +162,14 @@ def surroundings() -> dict:  # device, cores, threads, load, versions, commit, d
         try: versions[p] = version(p)
         except PackageNotFoundError: versions[p] = None
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-    return dict(device=device_name(), cores=cores(), threads=torch.get_num_threads(),
-                load_before=load, versions=versions, **git_state(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    return dict(
+        device=device_name(),
+        cores=cores(),
+        threads=torch.get_num_threads(),
+        load_before=load,
+        versions=versions,
+        **git_state(),
+        date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 # %% ../../nbs/runs/691_bench.ipynb #b51505a6
 def draw(
@@ -173,11 +182,17 @@ def draw(
     rows = [r for r in result['rows'] if r['status'] == 'measured'][::-1]
     gain = [r['ratio'] if r['better'] == 'higher' else 1/r['ratio'] for r in rows]
     figure = Figure((8, 2.6 + 0.28*len(rows)), layout='constrained', dpi=100)
-    axes = figure.subplot_mosaic([['rows']*3, ['images', 'classes', 'experts']], height_ratios=[0.6 + 0.28*len(rows), 2])
+    axes = figure.subplot_mosaic(
+        [['rows'] * 3, ['images', 'classes', 'experts']], height_ratios=[0.6 + 0.28 * len(rows), 2])
     for ax in axes.values(): house_axes(ax)
     axes['rows'].barh([r['name'] for r in rows], [g - 1 for g in gain], left=1, color=COLORS[0])
-    for i, g in enumerate(gain): axes['rows'].annotate(f'{g:.2g}', (max(g, 1), i), (3, 0), textcoords='offset points', va='center', fontsize='small')
-    axes['rows'].set(xscale='log', xlabel='times as good as the baseline', title=f'{result["device"]}, {result["threads"]} threads')
+    for i, g in enumerate(gain):
+        axes['rows'].annotate(
+            f'{g:.2g}', (max(g, 1), i), (3, 0), textcoords='offset points', va='center', fontsize='small')
+    axes['rows'].set(
+        xscale='log',
+        xlabel='times as good as the baseline',
+        title=f'{result["device"]}, {result["threads"]} threads')
     axes['rows'].axvline(1, color='0.3', linestyle='--', linewidth=1)
     for name, got in result['growth'].items():
         points = got.get('value', [])
@@ -204,10 +219,15 @@ def bench(
     "Measure rows and growth, and write them. Raises `UserError` for an unknown name or a time that is not positive."
     check(seconds, only)
     chosen = lambda table: {k: v for k, v in table.items() if not only or k in only}
-    result = surroundings() | dict(seconds=seconds, rows=run_rows(chosen(ROWS), seconds, report), growth={k: attempt(f, seconds) for k, f in chosen(GROWTH).items()})
+    result = surroundings() | dict(
+        seconds=seconds,
+        rows=run_rows(chosen(ROWS), seconds, report),
+        growth={k: attempt(f, seconds) for k, f in chosen(GROWTH).items()})
     if out:
-        try: Path(out).mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f'Cannot make the folder {out}: {e.strerror}. Choose another place with --out.') from None
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'Cannot make the folder {out}: {e.strerror}. Choose another place with --out.') from None
         write_json(Path(out)/f'{slug(result["device"])}.json', result)
         if result['rows']: draw(result, Path(out)/f'{slug(result["device"])}.png')
     return result
@@ -222,11 +242,22 @@ def cli_bench(
     names = tuple(n.strip() for o in only for n in o.split(',') if n.strip())
     check(seconds, names)
     place = out or (None if names else find_outputs()/'bench')
-    if not as_json: print(f'{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: median (smallest to largest), baseline beside ours', flush=True)
+    if not as_json:
+        print(
+            f'{device_name()}, {torch.get_num_threads()} threads, torch '
+            f'{torch.__version__}: median (smallest to largest), baseline beside ours',
+            flush=True)
     result = bench(seconds, names, place, (lambda row: None) if as_json else lambda row: print(line(row), flush=True))
-    if as_json: print(json.dumps(result, indent=1))
+    if as_json:
+        print(json.dumps(result, indent=1))
     else:
         for name, got in result['growth'].items():
-            print(f'growth with {name:13}' + (', '.join(f'{p["at"]}: {number(p["value"])} {p["unit"]}' for p in got['value']) if 'value' in got else f'{got["status"]}: {got["reason"]}'))
-        if place: print(f'wrote {place/slug(result["device"])}.json and .png')
+            print(
+                f'growth with {name:13}'
+                + (
+                    ', '.join(f'{p["at"]}: {number(p["value"])} {p["unit"]}' for p in got['value'])
+                    if 'value' in got
+                    else f'{got["status"]}: {got["reason"]}'))
+        if place:
+            print(f'wrote {place / slug(result["device"])}.json and .png')
     return result

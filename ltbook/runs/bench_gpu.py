@@ -28,7 +28,8 @@ def noise_tail(
 ) -> ImageData:  # 100 classes; train and test part are the same
     "Noise with the counts of a long tail."
     counts = long_tail_counts(largest, 100, min(100, largest))
-    data = replace(noise_images(int(counts.sum())), labels=torch.from_numpy(np.repeat(np.arange(100), counts))).to(device)
+    data = replace(
+        noise_images(int(counts.sum())), labels=torch.from_numpy(np.repeat(np.arange(100), counts))).to(device)
     return ImageData('noise', data, data, 4, True, 100., 'noise')
 
 def stage_seconds(
@@ -68,7 +69,8 @@ def mislas_seconds(
     compute = Compute(device, 'bf16', capture=capture, pack=pack)
     r = recipe('mislas', 'cifar100', 100, 'paper', precision='bf16', batch_size=min(128, len(data.train)//2))
     def one(seed: int) -> float:
-        context = Context(r.model_copy(update=dict(seed=seed)), data, dict(train=data.train, test=data.test), None, compute)
+        context = Context(
+            r.model_copy(update=dict(seed=seed)), data, dict(train=data.train, test=data.test), None, compute)
         context.network, total = standard_network(context), 0.
         for build in get_method('mislas').stages.values():
             stage = build(context)
@@ -92,16 +94,32 @@ def one_run_row(
 ) -> dict:  # s
     "MiSLAS, 200 + 10 epochs: captured, against the ordinary loop on the same GPU."
     gpu, steps = the_gpu(), 200 if seconds >= 1 else 20
-    plain, ours = zip(*([mislas_seconds(gpu, capture=c, steps=steps) for c in (False, True)] for _ in range(3)))      # taking turns
-    return versus(plain, ours, 'lower', baseline_is='the ordinary loop on the same GPU', precision='bf16', computed_from=f'{steps} steps of each stage, without evaluation and files', gpu=torch.cuda.get_device_name())
+    # taking turns
+    plain, ours = zip(*([mislas_seconds(gpu, capture=c, steps=steps) for c in (False, True)] for _ in range(3)))
+    return versus(
+        plain,
+        ours,
+        'lower',
+        baseline_is='the ordinary loop on the same GPU',
+        precision='bf16',
+        computed_from=f'{steps} steps of each stage, without evaluation and files',
+        gpu=torch.cuda.get_device_name())
 
 def eight_seeds_row(
     seconds: float,  # from 1 on, 200 steps are timed, below it 20
 ) -> dict:  # s
     "Eight seeds in one graph, against eight captured runs one after the other."
     gpu, steps = the_gpu(), 200 if seconds >= 1 else 20
-    alone, packed = zip(*((8*mislas_seconds(gpu, steps=steps), mislas_seconds(gpu, 8, steps=steps)) for _ in range(3)))      # taking turns
-    return versus(alone, packed, 'lower', baseline_is='eight captured runs one after the other', precision='bf16', computed_from=f'{steps} steps of each stage, without evaluation and files', gpu=torch.cuda.get_device_name())
+    # taking turns
+    alone, packed = zip(*((8*mislas_seconds(gpu, steps=steps), mislas_seconds(gpu, 8, steps=steps)) for _ in range(3)))
+    return versus(
+        alone,
+        packed,
+        'lower',
+        baseline_is='eight captured runs one after the other',
+        precision='bf16',
+        computed_from=f'{steps} steps of each stage, without evaluation and files',
+        gpu=torch.cuda.get_device_name())
 
 def reproduction_row(
     seconds: float,  # not used

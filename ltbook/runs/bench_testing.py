@@ -79,10 +79,21 @@ def loading_row(
         write_h5(place/'images.h5', data.subset(np.arange(n*5//6)), data.subset(np.arange(n*5//6, n)))
         pictures = data.images[:few].numpy()
         for i, p in enumerate(pictures): Image.fromarray(p).save(place/f'{i}.png')
-        def plain() -> int: return len(torch.stack([torch.from_numpy(np.array(Image.open(place/f'{i}.png').convert('RGB'))) for i in range(few)]))
+        def plain() -> int:
+            return len(
+                torch.stack(
+                    [
+                        torch.from_numpy(np.array(Image.open(place / f'{i}.png').convert('RGB')))
+                        for i in range(few)]))
         def ours() -> int: return sum(map(len, read_h5(place/'images.h5')[:2]))
         speeds = take_turns(dict(plain=plain, ours=ours), seconds, warm=1)
-    return versus(speeds['plain'], speeds['ours'], n=n, baseline_n=few, baseline_is='one PNG file an image, PIL', seconds_a_file=n/median(speeds['ours']))
+    return versus(
+        speeds['plain'],
+        speeds['ours'],
+        n=n,
+        baseline_n=few,
+        baseline_is='one PNG file an image, PIL',
+        seconds_a_file=n / median(speeds['ours']))
 
 # %% ../../nbs/runs/693_bench_testing.ipynb #b11e7e12
 def auto_augment_row(
@@ -92,9 +103,15 @@ def auto_augment_row(
     from PIL import Image
     from torchvision import transforms as T
     n = 128
-    data, rng, one, auto = noise_images(n), np.random.default_rng(0), T.AutoAugment(T.AutoAugmentPolicy.CIFAR10), AutoAugment(32)
+    data, rng, one, auto = (
+        noise_images(n),
+        np.random.default_rng(0),
+        T.AutoAugment(T.AutoAugmentPolicy.CIFAR10),
+        AutoAugment(32))
     pictures = [Image.fromarray(im) for im in data.images.numpy()]      # ready, so that PIL is not charged for them
-    steps = dict(plain=lambda: len([one(p) for p in pictures]), ours=lambda: len(auto(data.images.permute(0, 3, 1, 2), torch.from_numpy(auto.draw(n, rng)))))
+    steps = dict(
+        plain=lambda: len([one(p) for p in pictures]),
+        ours=lambda: len(auto(data.images.permute(0, 3, 1, 2), torch.from_numpy(auto.draw(n, rng)))))
     with one_thread(): speeds = take_turns(steps, seconds)
     return versus(speeds['plain'], speeds['ours'], baseline_is='PIL and torchvision AutoAugment', threads=1)
 
@@ -140,11 +157,22 @@ def calibration_row(
 ) -> dict:  # rows/s
     "All measures of 1,000,000 x 1,000 logits, or of as many as memory and time allow."
     few = 20_000 if seconds >= 1 else 500
-    y, z, counts = torch.arange(few) % classes, 3*torch.randn(few, classes, generator=torch.Generator().manual_seed(0)), np.geomspace(500, 5, classes).astype(int)
+    y, z, counts = (
+        torch.arange(few) % classes,
+        3 * torch.randn(few, classes, generator=torch.Generator().manual_seed(0)),
+        np.geomspace(500, 5, classes).astype(int))
     speed = rate(lambda: len(y) if measures(z, y, counts) else 0, 0)
     n = few*max(1, int(min(1e6, speed*12*seconds, free_memory()*2**20/2/(4*classes))//few))
     plain = [rate(lambda: len(y) if plain_measures(z, y) else 0, seconds/3) for _ in range(3)]
     z, y = z.repeat(n//few, 1), y.repeat(n//few)
     held = memory('VmRSS')
     ours = [rate(lambda: n if measures(z, y, counts) else 0, 0)]
-    return versus(plain, ours, n=n, classes=classes, baseline_n=few, logits_mb=z.nbytes/2**20, memory_beside_logits_mb=max(0., memory() - held), seconds_for_all=n/ours[0])
+    return versus(
+        plain,
+        ours,
+        n=n,
+        classes=classes,
+        baseline_n=few,
+        logits_mb=z.nbytes / 2**20,
+        memory_beside_logits_mb=max(0.0, memory() - held),
+        seconds_for_all=n / ours[0])

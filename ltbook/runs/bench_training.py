@@ -43,7 +43,16 @@ def versus(
 ) -> dict:  # baseline, ours, ratio, baseline_spread, ours_spread, better, and the further fields
     "Two lists of values as a row."
     b, o = median(baseline), median(ours)
-    return dict(baseline=b, ours=o, ratio=o/b, baseline_spread=[min(baseline), max(baseline)], ours_spread=[min(ours), max(ours)], better=better, turns=len(ours)) | more
+    return (
+        dict(
+            baseline=b,
+            ours=o,
+            ratio=o / b,
+            baseline_spread=[min(baseline), max(baseline)],
+            ours_spread=[min(ours), max(ours)],
+            better=better,
+            turns=len(ours))
+        | more)
 
 # %% ../../nbs/runs/690_bench_training.ipynb #088e9096
 def train_row(
@@ -52,9 +61,16 @@ def train_row(
 ) -> dict:  # images/s
     "One training run, ResNet-32, batch 128."
     rows = train_rates(seconds, mixup=mixup)
-    plain, ours = (max((r for r in rows if r['name'].startswith(side)), key=lambda r: r['median']) for side in ('plain', 'ltbook'))
+    plain, ours = (
+        max((r for r in rows if r['name'].startswith(side)), key=lambda r: r['median'])
+        for side in ('plain', 'ltbook'))
     loops = {r['name']: {k: r[k] for k in ('median', 'min', 'max', 'ratio')} for r in rows}
-    return versus(plain['values'], ours['values'], baseline_is=plain['name'], precision=ours['name'].split()[-1], loops=loops)
+    return versus(
+        plain['values'],
+        ours['values'],
+        baseline_is=plain['name'],
+        precision=ours['name'].split()[-1],
+        loops=loops)
 
 def two_runs_row(
     seconds: float,  # for every loop
@@ -83,8 +99,16 @@ def bilevel_row(
     data, net = noise_images(n + meta), ResNet32(100).to(memory_format=torch.channels_last).train()
     view = PlainView(data)
     steps = bilevel_steps(net, view(np.arange(n)), view(np.arange(n, n + meta)))
-    ms = {k: [1000/r for r in v] for k, v in take_turns(steps, 0, turns=max(1, min(5, int(seconds/2))), warm=1).items()}      # one step a turn
-    return versus(ms['plain'], ms['bilevel'], 'lower', baseline_is='one plain step', batch=n, meta=meta, twice_ms=median(ms['bilevel_reference']))
+    # one step a turn
+    ms = {k: [1000/r for r in v] for k, v in take_turns(steps, 0, turns=max(1, min(5, int(seconds/2))), warm=1).items()}
+    return versus(
+        ms['plain'],
+        ms['bilevel'],
+        'lower',
+        baseline_is='one plain step',
+        batch=n,
+        meta=meta,
+        twice_ms=median(ms['bilevel_reference']))
 
 # %% ../../nbs/runs/690_bench_training.ipynb #f122fe14
 def flow_context(
@@ -94,7 +118,8 @@ def flow_context(
 ) -> Context:  # ready for `flow_stage`
     "Random features for timing only, with DLSA's settings."
     g = torch.Generator().manual_seed(0)
-    rows = FeatureSet(torch.randn(n, n_features, generator=g), torch.arange(n) % n_classes, tuple(map(str, range(n_classes))))
+    rows = FeatureSet(
+        torch.randn(n, n_features, generator=g), torch.arange(n) % n_classes, tuple(map(str, range(n_classes))))
     recipe = SimpleNamespace(seed=0, max_steps=None, settings=DlsaSettings())
     return Context(recipe, None, dict(train=rows, test=rows), None)
 
@@ -102,9 +127,16 @@ def flow_row(
     seconds: float,  # for every step
 ) -> dict:  # ms a step
     "One step of a DLSA filter (256 pairs of 64 features), beside one plain training step (128 images); fp32."
-    steps = dict(plain=training_loops((), ('fp32',), mixup=False)['ltbook, fp32'], flow=stage_step(flow_stage(flow_context(), 0)))
+    steps = dict(
+        plain=training_loops((), ('fp32',), mixup=False)['ltbook, fp32'],
+        flow=stage_step(flow_stage(flow_context(), 0)))
     speeds = take_turns(steps, seconds)
-    return versus([128e3/v for v in speeds['plain']], [256e3/v for v in speeds['flow']], 'lower', baseline_is='one plain step', pairs=256)
+    return versus(
+        [128e3 / v for v in speeds['plain']],
+        [256e3 / v for v in speeds['flow']],
+        'lower',
+        baseline_is='one plain step',
+        pairs=256)
 
 # %% ../../nbs/runs/690_bench_training.ipynb #fe2e54a2
 def step_flops() -> float:  # per image, forward and backward
@@ -122,7 +154,10 @@ def matmul_row(
     a, b = (torch.randn(side, side).bfloat16() for _ in range(2))
     train = training_loops((), ('bf16',))['ltbook, bf16']
     speeds = take_turns(dict(matmul=lambda: 2*side**3 if (a @ b).numel() else 0, train=lambda: flops*train()), seconds)
-    return versus(*([v/1e9 for v in speeds[k]] for k in ('matmul', 'train')), baseline_is=f'{side} x {side} bf16 matrix product', mflop_an_image=flops/1e6)
+    return versus(
+        *([v / 1e9 for v in speeds[k]] for k in ('matmul', 'train')),
+        baseline_is=f'{side} x {side} bf16 matrix product',
+        mflop_an_image=flops / 1e6)
 
 # %% ../../nbs/runs/690_bench_training.ipynb #fd69562f
 def memory(
@@ -135,8 +170,15 @@ def memory(
 
 def free_memory() -> float:  # MB
     "Memory that is free on this machine; 4 GB where the system doesn't tell."
-    try: return next(int(line.split()[1]) for line in Path('/proc/meminfo').read_text().splitlines() if line.startswith('MemAvailable'))/1024
-    except OSError: return 4096.0
+    try:
+        return (
+            next(
+                int(line.split()[1])
+                for line in Path('/proc/meminfo').read_text().splitlines()
+                if line.startswith('MemAvailable'))
+            / 1024)
+    except OSError:
+        return 4096.0
 
 # %% ../../nbs/runs/690_bench_training.ipynb #8222e00c
 def loop_memory(
@@ -146,7 +188,8 @@ def loop_memory(
 ) -> float:  # MB
     "Highest memory of this process after a few steps of a training loop."
     kind, _, rest = name.partition(', ')
-    step = training_loops((int(rest.split()[0]),) if kind == 'plain' else (), (rest,) if kind == 'ltbook' else (), n=n)[name]
+    step = training_loops(
+        (int(rest.split()[0]),) if kind == 'plain' else (), (rest,) if kind == 'ltbook' else (), n=n)[name]
     for _ in range(steps): step()
     return memory()
 
@@ -164,7 +207,8 @@ def memory_row(
 ) -> dict:  # MB
     "Highest memory of a process that trains with mixup: the plain loop without workers, and ours."
     n, steps = (10_847, 5) if seconds >= 1 else (256, 1)
-    code = f'import sys; from ltbook.runs.bench_training import loop_memory; print(loop_memory(sys.argv[1], {n}, {steps}))'
+    code = ('import sys; from ltbook.runs.bench_training import loop_memory; '
+            f'print(loop_memory(sys.argv[1], {n}, {steps}))')
     plain, ours, bf16 = (child(code, name) for name in ('plain, 0 workers', 'ltbook, fp32', 'ltbook, bf16'))
     return versus(plain, ours, 'lower', precision='fp32', bf16_mb=bf16[0], baseline_is='plain, 0 workers')
 
@@ -183,5 +227,9 @@ def import_row(
 ) -> dict:  # seconds
     "`import torch, ltbook` beside `import torch`, in fresh processes."
     times = [child(IMPORTS) for _ in range(3 if seconds >= 1 else 1)]
-    return versus([t[0] for t in times], [t[0] + t[1] for t in times], 'lower', beyond_torch=median(t[1] for t in times),
-                  training_beyond_torch=median(t[1] + t[2] for t in times))
+    return versus(
+        [t[0] for t in times],
+        [t[0] + t[1] for t in times],
+        'lower',
+        beyond_torch=median(t[1] for t in times),
+        training_beyond_torch=median(t[1] + t[2] for t in times))

@@ -42,12 +42,15 @@ def feature_batches(
     part: str,  # 'train' or 'test'
     batch_size: int = 500,  # images at once
 ) -> Iterator[tuple[Tensor, Tensor]]:  # features (B, D) and labels (B,)
-    "What enters the classifier, in the part's own order. Raises `UserError` for networks without one feature vector an image."
+    ("What enters the classifier, in the part's own order. Raises `UserError` "
+     "for networks without one feature vector an image.")
     view = context.plain(part)
     for loaded in feed(view, np.arange(len(view.data)), batch_size):
         batch = view.apply(loaded)
         x = network.features(batch['x'])
-        if not isinstance(x, Tensor) or x.ndim != 2: raise UserError(f'{type(network).__name__} does not give one feature vector an image: features can be written for networks with a single backbone only.')
+        if not isinstance(x, Tensor) or x.ndim != 2:
+            raise UserError(f'{type(network).__name__} does not give one feature vector an image: features '
+                            'can be written for networks with a single backbone only.')
         yield x.float(), batch['y']
 
 # %% ../../nbs/runs/69_features.ipynb #8adf43ec
@@ -60,10 +63,21 @@ def export_features(
     batch_size: int = 500,  # images at once
 ) -> tuple[Path, Path]:  # feature_train.h5, feature_test.h5
     "Write the features of a run. Raises `UserError` for runs on feature files or without a single backbone."
-    if run.recipe.hold_out: raise UserError(f'The run {run.id} held train images out instead of testing: features are written of runs without hold_out only.')
+    if run.recipe.hold_out:
+        raise UserError(f'The run {run.id} held train images out instead of testing: '
+                        'features are written of runs without hold_out only.')
     context, network = trained_network(run, stage, root, device)
-    if isinstance(context.train, FeatureSet): raise UserError(f'The run {run.id} was itself trained on feature files: use those.')
-    if not hasattr(network, 'features'): raise UserError(f'Stage {stage} of {run.id} has no image features: take another stage.')
+    if isinstance(context.train, FeatureSet):
+        raise UserError(f'The run {run.id} was itself trained on feature files: use those.')
+    if not hasattr(network, 'features'):
+        raise UserError(f'Stage {stage} of {run.id} has no image features: take another stage.')
     folder = Path(folder) if folder else data_root(root)/run.id.replace('/', '-')
     source = f'{run.id}, {stage or "first stage"}'
-    return tuple(write_features(folder/f'feature_{part}.h5', feature_batches(context, network, part, batch_size), linear_of(network), source, context.fingerprint[part]) for part in ('train', 'test'))
+    return tuple(
+        write_features(
+            folder / f'feature_{part}.h5',
+            feature_batches(context, network, part, batch_size),
+            linear_of(network),
+            source,
+            context.fingerprint[part])
+        for part in ('train', 'test'))

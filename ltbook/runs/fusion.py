@@ -40,10 +40,13 @@ class Logits:
     data: str | None = None  # fingerprint of the images; None where nobody noted it
 
     def __post_init__(self):
-        if len(self.labels) != len(self.logits): raise UserError(f'{self.name} has {len(self.logits)} rows of logits but {len(self.labels)} labels.')
-        if not self.class_mask.any(): raise UserError(f'{self.name} knows no class: its class_mask is false everywhere.')
+        if len(self.labels) != len(self.logits):
+            raise UserError(f'{self.name} has {len(self.logits)} rows of logits but {len(self.labels)} labels.')
+        if not self.class_mask.any():
+            raise UserError(f'{self.name} knows no class: its class_mask is false everywhere.')
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.n_classes:
-            raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to {int(self.labels.max())}, but its class_mask is '
+            raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to '
+                            f'{int(self.labels.max())}, but its class_mask is '
                             f'about {self.n_classes} classes.')
         check_logits(self.logits, self.classes, self.n_classes, self.name, rejects=False)
 
@@ -80,11 +83,17 @@ def read_logits(
     try:
         with h5py.File(path) as f:
             missing = [k for k in ('logits', 'labels', 'class_mask') if k not in f]
-            if missing: raise UserError(f'{path} has no {", ".join(missing)}: a logit file holds logits, labels and class_mask.')
+            if missing:
+                raise UserError(
+                    f'{path} has no {", ".join(missing)}: a logit file holds logits, labels and class_mask.')
             a = {k: f[k][()] for k in ('logits', 'labels', 'class_mask')}
-            return Logits(name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(),
-                          torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool), str(f.attrs.get('data', '')) or None)
-    except OSError as e: raise UserError(f'{path} is not an HDF5 file or is damaged ({str(e).splitlines()[0][:80]}): write it again.') from None
+            return Logits(
+                name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(),
+                torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool),
+                str(f.attrs.get('data', '')) or None)
+    except OSError as e:
+        raise UserError(
+            f'{path} is not an HDF5 file or is damaged ({str(e).splitlines()[0][:80]}): write it again.') from None
 
 # %% ../../nbs/runs/68_fusion.ipynb #6395f75a
 def run_members(
@@ -99,11 +108,13 @@ def run_members(
     labels, found = a['labels'] if part == 'test' else a.get('generalist/val_labels'), []
     for s in stages:
         key = f'{s}/val_raw' if part == 'val' else f'{s}/raw' if f'{s}/classes' in a else f'{s}/logits'
-        if labels is None or key not in a: raise UserError(f'The run {run.id} has no logits of {s} on the part {part}: see `logits_on` to make '
-                                                           f'them from its weights.')
+        if labels is None or key not in a:
+            raise UserError(f'The run {run.id} has no logits of {s} on the part {part}: see `logits_on` to make '
+                            f'them from its weights.')
         own = np.isin(np.arange(len(mask)), a[f'{s}/classes']) if f'{s}/classes' in a else mask
-        found.append(Logits(f'{run.recipe.method} {s}', torch.from_numpy(a[key]).float(), torch.from_numpy(labels).long(), own,
-                            (run.data or {}).get(part)))
+        found.append(Logits(
+            f'{run.recipe.method} {s}', torch.from_numpy(a[key]).float(), torch.from_numpy(labels).long(), own,
+            (run.data or {}).get(part)))
     return found
 
 def export_logits(
@@ -113,23 +124,30 @@ def export_logits(
     "Write a file for each member and part, generalist included."
     Path(folder).mkdir(parents=True, exist_ok=True)
     names = sorted({k.split('/')[0] for k in run.predictions if k.endswith('/val_raw')})
-    return [write_logits(Path(folder)/f'{part}-{n}.h5', run_members(run, part, [n])[0]) for part in ('val', 'test') for n in names]
+    return [
+        write_logits(Path(folder) / f'{part}-{n}.h5', run_members(run, part, [n])[0])
+        for part in ('val', 'test')
+        for n in names]
 
 # %% ../../nbs/runs/68_fusion.ipynb #aa610c29
 def check_alike(
     members: Sequence[Logits],  # on one part
 ) -> None:
-    "Raise `UserError` unless all members speak of the same images in the same order, and none of them rejects everything."
+    ("Raise `UserError` unless all members speak of the same images in the "
+     "same order, and none of them rejects everything.")
     first = members[0]
     for m in members: check_logits(m.logits, m.classes, m.n_classes, m.name)
     known = {m.data for m in members if m.data}
     for m in members[1:]:
-        if m.n_classes != first.n_classes: raise UserError(f'{m.name} is about {m.n_classes} classes, {first.name} about {first.n_classes}: '
-                                                           f'fuse logits of one data set.')
-        if not torch.equal(m.labels, first.labels): raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same '
-                                                                    f'images in the same order.')
+        if m.n_classes != first.n_classes:
+            raise UserError(f'{m.name} is about {m.n_classes} classes, {first.name} about {first.n_classes}: '
+                            f'fuse logits of one data set.')
+        if not torch.equal(m.labels, first.labels):
+            raise UserError(f'{m.name} and {first.name} have other labels: their rows must be the same '
+                            f'images in the same order.')
     if len(known) > 1:
-        raise UserError(f'{" and ".join(m.name for m in members)} were asked about other images than each other: fuse logits on the same data.')
+        raise UserError(f'{" and ".join(m.name for m in members)} were asked about other images '
+                        'than each other: fuse logits on the same data.')
 
 @dataclass(frozen=True, eq=False)
 class Fused:
@@ -147,14 +165,17 @@ def fuse_logits(
     seed: int = 0,  # of the order of the validation images
     **training,  # epochs, lr, batch_size of `calibration_stage`
 ) -> Fused:  # log posterior of the test part
-    "Fuse members, after a calibration on validation logits where there are any. Raises `UserError` for members that don't fit."
+    ("Fuse members, after a calibration on validation logits where there are "
+     "any. Raises `UserError` for members that don't fit.")
     if not test: raise UserError('There is nothing to fuse: give at least one member.')
     check_alike(test)
-    net, x = JointCalibration([m.classes for m in test], test[0].n_classes, ratios, tied), torch.cat([m.logits for m in test], 1)
+    net = JointCalibration([m.classes for m in test], test[0].n_classes, ratios, tied)
+    x = torch.cat([m.logits for m in test], 1)
     if val is not None:
         check_alike(val)
         if [m.class_mask.tolist() for m in val] != [m.class_mask.tolist() for m in test]:
-            raise UserError('The validation files are of other members than the test files: give the same experts in the same order.')
+            raise UserError('The validation files are of other members than the test files: '
+                            'give the same experts in the same order.')
         xv, y = torch.cat([m.logits for m in val], 1), val[0].labels
         fit(calibration_stage(net, xv, y, test[0].n_classes, seed=seed, **training), Compute())
     with torch.no_grad(): return Fused(net(x), test[0].labels, net, net(xv) if val is not None else None)
@@ -172,8 +193,9 @@ def unused_images(
     free = np.setdiff1d(np.arange(len(data.train)), np.r_[tail.indices, getattr(tail, 'meta', tail.indices[:0])])
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)
     missing = data.train.n_classes - len(set(data.train.labels[free].tolist()))
-    if missing > data.train.n_classes//2: raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: fuse '
-                                                          f'without validation logits.')
+    if missing > data.train.n_classes // 2:
+        raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: fuse '
+                        f'without validation logits.')
     return data.train.subset(free)
 
 def logits_on(
@@ -189,8 +211,8 @@ def logits_on(
     for name, s in trained_stages(run, context):
         context.logits[name] = stage_logits(context, s) or {}
         if name == stage: break
-    return Logits(f'{run.recipe.method} {stage}', torch.from_numpy(context.logits[stage]['logits']), images.labels.cpu(),
-                  np.ones(images.n_classes, bool), images.sha256())
+    z, known = torch.from_numpy(context.logits[stage]['logits']), np.ones(images.n_classes, bool)
+    return Logits(f'{run.recipe.method} {stage}', z, images.labels.cpu(), known, images.sha256())
 
 # %% ../../nbs/runs/68_fusion.ipynb #faffa431
 def run_splits(
@@ -198,7 +220,8 @@ def run_splits(
 ) -> dict[str, np.ndarray]:  # many, medium, few, or head, mid, tail -> class ids
     "The classes of each expert, under the name of their split."
     s = run.recipe.settings
-    return class_splits(run.predictions['train_counts'], s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
+    return class_splits(
+        run.predictions['train_counts'], s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
 
 # %% ../../nbs/runs/68_fusion.ipynb #14033086
 def _acceptance(m: Logits) -> Tensor:
@@ -214,11 +237,16 @@ def expert_table(
     rows = []
     for m in experts:
         own = torch.isin(m.labels, torch.as_tensor(m.classes))
-        number = torch.full((m.n_classes,), len(m.classes)); number[torch.as_tensor(m.classes)] = torch.arange(len(m.classes))
+        number = torch.full((m.n_classes,), len(m.classes))
+        number[torch.as_tensor(m.classes)] = torch.arange(len(m.classes))
         right = lambda z: (z.argmax(1) == number[m.labels])
-        rows.append(dict(expert=m.name.split()[-1], classes=len(m.classes), oracle=right(m.logits[:, :-1])[own].double().mean().item(),
-                         inside=right(m.logits)[own].double().mean().item(),
-                         outside_rejected=right(m.logits)[~own].double().mean().item(), auroc=float(roc_auc_score(own, _acceptance(m)))))
+        rows.append(dict(
+            expert=m.name.split()[-1],
+            classes=len(m.classes),
+            oracle=right(m.logits[:, :-1])[own].double().mean().item(),
+            inside=right(m.logits)[own].double().mean().item(),
+            outside_rejected=right(m.logits)[~own].double().mean().item(),
+            auroc=float(roc_auc_score(own, _acceptance(m)))))
     return pd.DataFrame(rows).set_index('expert')
 
 def oracle_logits(
@@ -251,13 +279,17 @@ def share_generalist(
     if start.recipe.method != recipe.method: raise UserError(f'{start.id} has no generalist for {recipe.method}.')
     def differ(a, b, names): return [k for k in names if getattr(a, k) != getattr(b, k)]
     other = differ(start.recipe, recipe, same) + differ(start.recipe.settings, recipe.settings, own)
-    if other: raise UserError(f'The generalist of {start.id} was trained with another {", ".join(other)}: run without sharing.')
+    if other:
+        raise UserError(f'The generalist of {start.id} was trained with another {", ".join(other)}: '
+                        'run without sharing.')
     source = start.path/'generalist.safetensors'
-    if not source.exists(): raise UserError(f'The run {start.id} has no weights of its generalist here. Make them again with: '
-                                            f'{start.again}')
+    if not source.exists():
+        raise UserError(
+            f'The run {start.id} has no weights of its generalist here. Make them again with: {start.again}')
     folder = open_folder(recipe, out)
     with owned(folder):
-        if (folder/'manifest.json').exists(): raise UserError(f'The run in {folder} has begun already: it can\'t take a generalist over.')
+        if (folder / 'manifest.json').exists():
+            raise UserError(f'The run in {folder} has begun already: it can\'t take a generalist over.')
         for name in ('manifest.json', source.name):      # the manifest is compared when it runs
             write_atomic(folder/name, lambda p: p.write_bytes(checked(start.path/name).read_bytes()))
         write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'generalist'])

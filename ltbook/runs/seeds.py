@@ -31,9 +31,12 @@ def parse_seeds(
     out = []
     for part in text.split(','):
         first, dots, last = (p.strip() for p in part.partition('..'))
-        if not (first.isdecimal() and (last.isdecimal() if dots else not last)): raise UserError(f'--seeds takes a range or a list of whole numbers, got {text!r}. For example: --seeds 0..7 or --seeds 0,1,2')
+        if not (first.isdecimal() and (last.isdecimal() if dots else not last)):
+            raise UserError(f'--seeds takes a range or a list of whole numbers, got {text!r}. '
+                            'For example: --seeds 0..7 or --seeds 0,1,2')
         a, b = int(first), int(last if dots else first)
-        if b < a or b - a >= 1000: raise UserError(f'--seeds {part.strip()}: the range must go upwards, with at most 1000 seeds.')
+        if b < a or b - a >= 1000:
+            raise UserError(f'--seeds {part.strip()}: the range must go upwards, with at most 1000 seeds.')
         out += range(a, b + 1)
     if len(set(out)) < len(out): raise UserError(f'--seeds {text}: a seed is given twice.')
     return tuple(out)
@@ -55,7 +58,13 @@ def seed_command(
     seed: int,  # of this run
 ) -> list[str]:  # for `subprocess`
     "The command line of one seed."
-    line = [sys.executable, '-m', 'ltbook', 'run', words['method'], *([words['dataset']] if words.get('dataset') else [])]
+    line = [
+        sys.executable,
+        '-m',
+        'ltbook',
+        'run',
+        words['method'],
+        *([words['dataset']] if words.get('dataset') else [])]
     for k, v in (words | dict(seed=seed)).items():
         if k not in ('method', 'dataset', 'start') and v is not None: line += [f'--{k.replace("_", "-")}', str(v)]
     return line + [w for c in changes for w in ('--set', c)] + ['--bare']*bare
@@ -81,7 +90,9 @@ def run_all(
                 for seed, (child, began) in list(live.items()):
                     if child.poll() is None: continue
                     codes[seed] = live.pop(seed)[0].returncode
-                    report(f'seed {seed} {"finished" if not codes[seed] else f"failed with exit code {codes[seed]}"} after {time.monotonic() - began:.0f} s')
+                    report(
+                        f'seed {seed} {"finished" if not codes[seed] else f"failed with exit code {codes[seed]}"} '
+                        f'after {time.monotonic() - began:.0f} s')
         finally: end(child for child, _ in live.values())
     return codes
 
@@ -103,8 +114,13 @@ def seeds_table(
         except UserError as e: runs[s], why[s] = None, str(e)
     done = [r.metrics['final'] for r in runs.values() if r]
     table = Table(title=f'{len(done)} of {len(runs)} seeds, percent', title_justify='left')
-    for name in ('seed', *COLUMNS.values(), 'run'): table.add_column(name, justify='left' if name in ('seed', 'run') else 'right', overflow='fold')
-    for seed, r in runs.items(): table.add_row(str(seed), *(cell(k, r.metrics['final'][k]) if r else '' for k in COLUMNS), r.id if r else why.get(seed, f'not finished: {folders[seed]}'))
+    for name in ('seed', *COLUMNS.values(), 'run'):
+        table.add_column(name, justify='left' if name in ('seed', 'run') else 'right', overflow='fold')
+    for seed, r in runs.items():
+        table.add_row(
+            str(seed),
+            *(cell(k, r.metrics['final'][k]) if r else '' for k in COLUMNS),
+            r.id if r else why.get(seed, f'not finished: {folders[seed]}'))
     both = [mean_spread([m[k] for m in done]) for k in COLUMNS]
     for i, name in enumerate(('mean', 'sd')): table.add_row(name, *(cell(k, v[i]) for k, v in zip(COLUMNS, both)), '')
     return table
@@ -125,7 +141,15 @@ def run_packed(
 ) -> dict[int, Path | BaseException]:  # seed -> run folder, or what went wrong
     "Train several seeds in one process, their captured steps at the same time."
     pack = Pack(len(recipes), find_device(device))
-    works = [lambda s=s, r=r: run(r.model_copy(update=dict(capture=True)), out, root, device, report=lambda row: report(s, row), pack=pack) for s, r in recipes.items()]
+    works = [
+        lambda s=s, r=r: run(
+            r.model_copy(update=dict(capture=True)),
+            out,
+            root,
+            device,
+            report=lambda row: report(s, row),
+            pack=pack)
+        for s, r in recipes.items()]
     return dict(zip(recipes, together(works, pack)))
 
 # %% ../../nbs/runs/692_seeds.ipynb #27623260
@@ -160,19 +184,36 @@ def cli_seeds(
         if s not in left and not _readable(folders[s]): continue      # a line of the table says so
         if s not in left or s == left[0]: prepare(r, words['out'], words['data_root'], words['device'])
     if packs(words['device']) and len(left) > 1 and extra.get('capture', True):
-        say = lambda seed, row: console.print(f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)
+        say = lambda seed, row: console.print(
+            f'seed {seed}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}', soft_wrap=True)
         ends = run_packed({s: recipes[s] for s in left}, words['out'], words['data_root'], words['device'], say)
         wrong = {s: e for s, e in ends.items() if isinstance(e, BaseException)}
         for s, e in wrong.items(): console.print(f'seed {s} left the pack: {e!r}', soft_wrap=True)
-        apart = ' With --set capture=false they train apart.' if any('the pack was stopped' in str(e) for e in wrong.values()) else ''
-        if len(wrong) == len(left): raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}. The same command goes on with them.{apart}')
+        apart = (
+            ' With --set capture=false they train apart.'
+            if any('the pack was stopped' in str(e) for e in wrong.values())
+            else '')
+        if len(wrong) == len(left):
+            raise RuntimeError(
+                'All seeds failed, the first one with '
+                f'{next(iter(wrong.values()))!r}. The same command goes on with '
+                f'them.{apart}')
         gc.collect(); torch.cuda.empty_cache()      # memory for what comes
     jobs, threads = side_by_side(len(folders), words['device'])
     logs = {s: folders[s]/'run.log' for s in left}
-    codes = run_all({s: seed_command(words, changes, bare, s) for s in left}, logs, jobs, threads, lambda t: console.print(t, soft_wrap=True))
+    codes = run_all(
+        {s: seed_command(words, changes, bare, s) for s in left},
+        logs,
+        jobs,
+        threads,
+        lambda t: console.print(t, soft_wrap=True))
     console.print(seeds_table(folders))
     bad = [s for s, f in folders.items() if s not in left and not _readable(f)]
     if bad: raise RuntimeError('The mean is without seed ' + ', '.join(map(str, bad)) + ': see why in the table.')
     failed = [s for s, c in codes.items() if c]
-    if failed: raise RuntimeError(f'{len(failed)} of {len(folders)} runs failed: ' + '; '.join(f'seed {s}, see {logs[s]}' for s in failed) + '. The same command goes on with them.')
+    if failed:
+        raise RuntimeError(
+            f'{len(failed)} of {len(folders)} runs failed: '
+            + '; '.join(f'seed {s}, see {logs[s]}' for s in failed)
+            + '. The same command goes on with them.')
     return folders

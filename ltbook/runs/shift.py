@@ -35,12 +35,16 @@ def make_shifts(
     ratios: Sequence[float] = RATIOS,  # of setting A; the largest is also that of setting B
     draws: int = 10,  # of each component of setting B; published code draws 3
     seed: int = 0,  # of the choice of images and the draws
-    reference_rng: bool = False,  # setting B as the published code draws it, to the bit: 3 draws, adapting to other images than are tested
+    # setting B as the published code draws it, to the bit: 3 draws, adapting to other images than are tested
+    reference_rng: bool = False,
 ) -> list[Shift]:  # setting A in the order of a figure, then setting B
     "All shifted test sets. Raises `UserError` for a ratio below 1 or a class without test images."
     a, largest = ratio_shifts(labels, train_counts, ratios, seed), max(ratios, default=1.)
     if reference_rng: return a + reference_shifts(labels, train_counts, int(np.max(train_counts)), largest)
-    return a + [dirichlet_shift(labels, train_counts, c, d, largest, seed=seed) for c in COMPONENTS for d in range(draws)]
+    return a + [
+        dirichlet_shift(labels, train_counts, c, d, largest, seed=seed)
+        for c in COMPONENTS
+        for d in range(draws)]
 
 # %% ../../nbs/runs/67_shift.ipynb #7543c1d2
 def score(
@@ -81,16 +85,19 @@ def view_logits(
     precision: str = 'fp32',  # fp32, or bf16 for the forward passes
     report: Callable[[int, int], None] | None = None,  # called with (pairs done, pairs in all)
 ) -> list[tuple[Tensor, Tensor]]:  # for each epoch two views: logits (n, K, C), zero where not needed
-    "Experts' logits on random views of test images. Raises `UserError` when the weights are missing or the data are not those of the run."
+    ("Experts' logits on random views of test images. Raises `UserError` when the "
+     "weights are missing or the data are not those of the run.")
     stage = run.metrics['final']['stage']
     if not (run.path/f'{stage}.safetensors').exists():
-        raise UserError(f'The run {run.id} has no weights here (they are not kept in git), so its experts cannot adapt. '
-                        f'Make them again with: {run.again}; or ask without adapting.')
+        raise UserError(
+            f'The run {run.id} has no weights here (they are not kept in git), so its experts cannot adapt. '
+            f'Make them again with: {run.again}; or ask without adapting.')
     context = make_context(run.recipe, root, device)
     network = next(s.network for name, s in trained_stages(run, context) if name == stage).eval()
     data, info = context.parts['test'], context.info
     if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']):
-        raise UserError(f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
+        raise UserError(
+            f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
     views, pairs = RandomViews(data, info.pad, info.flip), []
     compute = Compute(context.compute.device, precision)
     for epoch in range(epochs):
@@ -121,18 +128,28 @@ def shift(
     device: str = 'auto',  # see `find_device`
     precision: str = 'fp32',  # fp32, or bf16 for the network on the views
     report: Callable[[int, int], None] | None = None,  # called with (pairs of views done, in all)
-) -> pd.DataFrame:  # a row a shift and answer: shift, setting, component, ratio, draw, n, answer, top1, macro, many, medium, few
-    "Test a finished run under label shift and write the table into its folder. Raises `UserError` for a run without logits, and for what can't be shifted."
+# a row a shift and answer: shift, setting, component, ratio, draw, n, answer, top1, macro, many, medium, few
+) -> pd.DataFrame:
+    ("Test a finished run under label shift and write the table into its folder. Raises "
+     "`UserError` for a run without logits, and for what can't be shifted.")
     run = load_run(path)
     p, stage, name = run.predictions, run.metrics['final']['stage'], f'{run.metrics["final"]["stage"]}/experts'
     logits, labels, counts = (torch.as_tensor(p[k]) for k in ('logits', 'labels', 'train_counts'))
     experts, groups = torch.as_tensor(p[name]) if name in p else None, shot_groups(counts, run.recipe.shot_rule)
     shifts = make_shifts(labels.numpy(), counts.numpy(), ratios, draws, seed, reference_rng)
-    if only is not None: shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
+    if only is not None:
+        shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
     learned, rows, began = {}, [], time.perf_counter()
     check_data(run.id, run.data, data_at_hand(run.recipe, root))
     if adapt and experts is not None:
-        pairs = view_logits(run, np.unique(np.concatenate([s.adapt_indices for s in shifts])), root, seed=seed, device=device, precision=precision, report=report)
+        pairs = view_logits(
+            run,
+            np.unique(np.concatenate([s.adapt_indices for s in shifts])),
+            root,
+            seed=seed,
+            device=device,
+            precision=precision,
+            report=report)
         learned = {s.name: _learn(s, pairs, seed) for s in shifts}
     seconds = round(time.perf_counter() - began, 1)
     for s in shifts:
@@ -140,15 +157,18 @@ def shift(
         found = answers(logits, s, counts, experts, learned[s.name].weights if learned else None)
         rows += [about | dict(answer=a) | score(z, labels[s.indices], groups) for a, z in found.items()]
     folder = run.path/('shift-reference' if reference_rng else 'shift')
-    settings = dict(run=run.id, data=run.data, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed, only=None if only is None else list(only),
-                    same_subset=not reference_rng, reference_rng=reference_rng, shot_rule=run.recipe.shot_rule,
-                    adapted=bool(learned), precision=precision, adapt_seconds=seconds)
+    settings = dict(
+        run=run.id, data=run.data, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed,
+        only=None if only is None else list(only), same_subset=not reference_rng, reference_rng=reference_rng,
+        shot_rule=run.recipe.shot_rule, adapted=bool(learned), precision=precision, adapt_seconds=seconds)
     with owned(run.path): _write(folder, shifts, rows, learned, settings)
     return pd.DataFrame(rows)
 
 def _learn(s: Shift, pairs: list, seed: int):
     "Weights for one shift from the cached answers; its generator belongs to its name."
-    return learn_weights([(a[s.adapt_indices], b[s.adapt_indices]) for a, b in pairs], np.random.default_rng([seed, zlib.crc32(s.name.encode())]))
+    return learn_weights(
+        [(a[s.adapt_indices], b[s.adapt_indices]) for a, b in pairs],
+        np.random.default_rng([seed, zlib.crc32(s.name.encode())]))
 
 def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, settings: dict) -> None:
     "Table, weights and shifts; the settings last."
@@ -156,7 +176,13 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
     (folder/'settings.json').unlink(missing_ok=True)      # what stands there without it is not a result
     write_rows(folder/'accuracy.csv', rows)
     (folder/'weights.csv').unlink(missing_ok=True)
-    if learned: write_rows(folder/'weights.csv', [dict(shift=k, **row, stopped=m.stopped and row is m.path[-1]) for k, m in learned.items() for row in m.path])
+    if learned:
+        write_rows(
+            folder / 'weights.csv',
+            [
+                dict(shift=k, **row, stopped=m.stopped and row is m.path[-1])
+                for k, m in learned.items()
+                for row in m.path])
     def arrays(path):
         content = BytesIO()      # a full disk is met by plain Python, which says so
         with h5py.File(content, 'w') as f:
@@ -192,7 +218,8 @@ def shift_draws(
 def shift_summary(
     table: pd.DataFrame,  # of `shift`
     measure: str = 'top1',  # column to show
-) -> pd.DataFrame:  # a row an answer: mean of setting A, then of setting B the mean of each component, of all draws, and their sd
+# a row an answer: mean of setting A, then of setting B the mean of each component, of all draws, and their sd
+) -> pd.DataFrame:
     "A few numbers for every answer."
     a, b = shift_lines(table, measure).mean(), shift_draws(table, measure)
     parts, values = b.groupby('component', sort=False).mean().T, b.drop(columns='component')
@@ -207,10 +234,13 @@ def collect_shifts(
     "The tables of several runs as one."
     runs = [r for r in runs if (r.path/folder/file).exists()]
     hashes = {m: {r.id.split('-')[-1] for r in runs if r.recipe.method == m} for m in {r.recipe.method for r in runs}}
-    def line(r: Run) -> str: return r.recipe.method if len(hashes[r.recipe.method]) == 1 else f'{r.recipe.method} {r.id.split("-")[-1]}'
+    def line(r: Run) -> str:
+        return (r.recipe.method if len(hashes[r.recipe.method]) == 1 else f'{r.recipe.method} {r.id.split("-")[-1]}')
     parts = [pd.read_csv(checked(r.path/folder/file)) for r in runs]
     for r, part in zip(runs, parts):
-        for i, (name, value) in enumerate(dict(line=line(r), method=r.recipe.method, seed=r.recipe.seed, run=r.id).items()): part.insert(i, name, value)
+        for i, (name, value) in enumerate(
+            dict(line=line(r), method=r.recipe.method, seed=r.recipe.seed, run=r.id).items()):
+            part.insert(i, name, value)
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 # %% ../../nbs/runs/67_shift.ipynb #ccef658d
@@ -233,9 +263,16 @@ def cli_shift(
     shown = [a for a in MAIN_ANSWERS if a in set(table.answer)]
     text, number = [], '{:.3f}'.format
     if (table.setting == 'A').any():
-        text = ['Accuracy under label shift (fractions, all images of the shifted set)', '', shift_lines(table).to_string(float_format=number)]
+        text = [
+            'Accuracy under label shift (fractions, all images of the shifted set)',
+            '',
+            shift_lines(table).to_string(float_format=number)]
     if set(table.setting) == {'A', 'B'}:
-        text += ['', 'Means, and the spread over the draws of setting B', '', shift_summary(table).to_string(float_format=number)]
+        text += [
+            '',
+            'Means, and the spread over the draws of setting B',
+            '',
+            shift_summary(table).to_string(float_format=number)]
         with owned(Path(path)): _figure(folder/'shift.png', table, shown)
     return text + ['', f'Written to {folder}']
 
@@ -250,5 +287,10 @@ def _figure(path: Path, table: pd.DataFrame, shown: list[str]) -> None:
     low, high = (f(ax.get_ylim()[i] for ax in (left, right)) for i, f in enumerate((min, max)))
     for ax in (left, right): ax.set_ylim(low, high)
     right.set_xlabel('draws of setting B')
-    fig.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=len(shown), fontsize='small', frameon=False)
+    fig.legend(
+        *left.get_legend_handles_labels(),
+        loc='outside upper center',
+        ncols=len(shown),
+        fontsize='small',
+        frameon=False)
     write_atomic(path, lambda p: fig.savefig(p, format='png'))

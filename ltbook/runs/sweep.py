@@ -36,11 +36,13 @@ def sweep_rows(
     out: str | Path = 'outputs',  # parent of all runs
     changes: dict | None = None,  # of every recipe, such as seed or epochs; a row's own count more
 ) -> list[Row]:  # in the order of the sweep
-    "The rows of a sweep as recipes. Raises `UserError` for a method without sweeps, an unknown name, or changes that a recipe refuses."
+    ("The rows of a sweep as recipes. Raises `UserError` for a method without "
+     "sweeps, an unknown name, or changes that a recipe refuses.")
     sweeps = get_method(method).sweeps
     if not sweeps: raise UserError(f'{method} has no sweeps. Run one recipe with: ltbook run {method} {dataset}')
     words = sorted({*(changes or {})} & {*WORDS})
-    if words: raise UserError(f'{", ".join(words)} can only be given as a word of its own, not as a change of every row.')
+    if words:
+        raise UserError(f'{", ".join(words)} can only be given as a word of its own, not as a change of every row.')
     rows = []
     for i, row in enumerate(sweeps[one_of(name, sweeps, f'sweep of {method}')](), 1):
         all_changes = (changes or {}) | row['changes']
@@ -56,7 +58,9 @@ def choose(
     "Some rows. Raises `UserError` where nothing fits."
     fits = lambda r, text: r.number == int(text) if text.isdigit() else text.lower() in r.name.lower()
     for text in only:
-        if not any(fits(r, text) for r in rows): raise UserError(f'No row of the sweep fits {text!r}: give a number from 1 to {len(rows)}, or a part of a name, such as {rows[0].name!r}.')
+        if not any(fits(r, text) for r in rows):
+            raise UserError(f'No row of the sweep fits {text!r}: give a number from 1 to '
+                            f'{len(rows)}, or a part of a name, such as {rows[0].name!r}.')
     return [r for r in rows if not only or any(fits(r, t) for t in only)]
 
 # %% ../../nbs/runs/694_sweep.ipynb #6affe31a

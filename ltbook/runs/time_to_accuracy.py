@@ -24,7 +24,10 @@ def runs_of(
     root: Path,  # of the runs
 ) -> list[Run]:  # finished, with the same hash
     "All seeds of a recipe."
-    return [r for r in find_runs(root, method=wanted.method, dataset=wanted.dataset, profile=wanted.profile) if recipe_hash(r.recipe) == recipe_hash(wanted)]
+    return [
+        r
+        for r in find_runs(root, method=wanted.method, dataset=wanted.dataset, profile=wanted.profile)
+        if recipe_hash(r.recipe) == recipe_hash(wanted)]
 
 def evidence(
     root: Path,  # of the runs
@@ -38,13 +41,21 @@ def evidence(
     ours = float(np.mean([r.metrics['final']['top1'] for r in fast]))
     if paper:
         tops = [r.metrics['final']['top1'] for r in paper]
-        goal, slack, what = float(np.mean(tops)), float(np.std(tops, ddof=1)) if len(tops) > 1 else 0., f'own runs of the profile paper: {len(tops)}'
+        goal, slack, what = (
+            float(np.mean(tops)),
+            float(np.std(tops, ddof=1)) if len(tops) > 1 else 0.0,
+            f'own runs of the profile paper: {len(tops)}')
     else:
         printed = beside_the_paper(fast[0])
-        printed = printed[(printed.measure == 'top1') & (printed.stage == fast[0].metrics['final']['stage'])] if len(printed) else printed
-        if not len(printed): raise NotRun(f'nothing to reach: no run of {method} with the profile paper, and nothing printed')
+        printed = (
+            printed[(printed.measure == 'top1') & (printed.stage == fast[0].metrics['final']['stage'])]
+            if len(printed)
+            else printed)
+        if not len(printed):
+            raise NotRun(f'nothing to reach: no run of {method} with the profile paper, and nothing printed')
         goal, slack, what = float(printed.printed.iloc[0])/100, 0., 'printed'
-    if ours < goal - slack: raise NotRun(f'not reached: fast ends at {100*ours:.1f} %, the goal is {100*goal:.1f} % ({what})')
+    if ours < goal - slack:
+        raise NotRun(f'not reached: fast ends at {100 * ours:.1f} %, the goal is {100 * goal:.1f} % ({what})')
     return dict(ours_top1=ours, goal_top1=goal, goal_is=what, seeds=len(fast))
 
 # %% ../../nbs/runs/695_time_to_accuracy.ipynb #7074246e
@@ -64,10 +75,29 @@ def time_row(
     fast, paper = (recipe('balanced_softmax', 'cifar100', 100, profile) for profile in ('fast', 'paper'))
     sides, n, loaded = image_sides(fast), int(long_tail_counts(500, 100, 100).sum()), 10_847 if seconds >= 1 else 256
     steps = training_loops((0, 2) if seconds >= 1 else (0,), (), mixup=False, n=loaded)
-    steps |= {s: training_loops((), (fast.precision,), mixup=False, n=loaded, side=s, batch_size=fast.batch_size, nesterov=fast.nesterov)[f'ltbook, {fast.precision}'] for s in sides}
+    steps |= {
+        s: training_loops(
+            (),
+            (fast.precision,),
+            mixup=False,
+            n=loaded,
+            side=s,
+            batch_size=fast.batch_size,
+            nesterov=fast.nesterov)[f'ltbook, {fast.precision}']
+        for s in sides}
     speeds = take_turns(steps, seconds)
     plain = {k: [paper.epochs*n/v for v in speeds[k]] for k in steps if k not in sides}
     best = min(plain, key=lambda k: np.median(plain[k]))
     ours = [sum(k*n/v for k, v in zip(sides.values(), turn)) for turn in zip(*(speeds[s] for s in sides))]
     rates = {f'images_per_second_{s}': float(np.median(speeds[s])) for s in sides}
-    return versus(plain[best], ours, 'lower', baseline_is=f'{best}, {paper.epochs} epochs', precision=fast.precision, epochs=fast.epochs, batch=fast.batch_size, computed_from='rates', **rates, **found)
+    return versus(
+        plain[best],
+        ours,
+        'lower',
+        baseline_is=f'{best}, {paper.epochs} epochs',
+        precision=fast.precision,
+        epochs=fast.epochs,
+        batch=fast.batch_size,
+        computed_from='rates',
+        **rates,
+        **found)

@@ -44,7 +44,8 @@ class PilDataset(torch.utils.data.Dataset):
     ):
         from torchvision import transforms as T
         self.pictures, self.labels = data.images.numpy(), data.labels.tolist()
-        self.transform = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
+        self.transform = T.Compose(
+            [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
 
     def __len__(self): return len(self.labels)
 
@@ -59,7 +60,13 @@ def plain_batches(
     batch_size: int = 128,
 ):  # endless (x, y) of NCHW fp32
     "Batches of the plain loop."
-    loader = torch.utils.data.DataLoader(PilDataset(data), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        PilDataset(data),
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        drop_last=True)
     while True: yield from loader
 
 # %% ../../nbs/train/46_bench.ipynb #0c209b19
@@ -73,7 +80,10 @@ def plain_step(
     "One step of the plain loop."
     (x, y), lam, perm = next(batches), 1.0, None
     if mixup: lam, perm = float(rng.beta(1., 1.)), torch.from_numpy(rng.permutation(len(y)))
-    loss = mixed_cross_entropy(network(lam*x + (1 - lam)*x[perm]), y, y[perm], lam) if mixup else mixed_cross_entropy(network(x), y)
+    loss = (
+        mixed_cross_entropy(network(lam * x + (1 - lam) * x[perm]), y, y[perm], lam)
+        if mixup
+        else mixed_cross_entropy(network(x), y))
     optimizer.zero_grad(); loss.backward(); optimizer.step()
     loss.item()
     return len(y)
@@ -123,11 +133,15 @@ def training_loops(
     sgd = lambda net, nesterov=False: torch.optim.SGD(net.parameters(), .1, .9, weight_decay=2e-4, nesterov=nesterov)
     for w in workers:
         net = ResNet32(100).train()
-        steps[f'plain, {w} workers'] = lambda n=net, o=sgd(net), b=plain_batches(data, w), g=np.random.default_rng(0): plain_step(n, o, b, g, mixup)
+        steps[f'plain, {w} workers'] = (
+            lambda n=net, o=sgd(net), b=plain_batches(data, w), g=np.random.default_rng(0): plain_step(
+                n, o, b, g, mixup))
     for precision in precisions:
         c = Compute(precision=precision)
         net = c.prepare(ResNet32(100)).train()
-        steps[f'ltbook, {precision}'] = lambda n=net, o=sgd(net, nesterov), b=our_batches(data, batch_size, mixup, side), c=c: our_step(n, o, b, c)
+        steps[f'ltbook, {precision}'] = (
+            lambda n=net, o=sgd(net, nesterov), b=our_batches(data, batch_size, mixup, side), c=c: our_step(
+                n, o, b, c))
     return steps
 
 # %% ../../nbs/train/46_bench.ipynb #e35bd18f
@@ -173,11 +187,14 @@ def train_rates(
     "ResNet-32, batch 128 on the CPU: the plain loop and ours, in one run."
     speeds = take_turns(training_loops(workers, mixup=mixup), seconds, turns)
     best = max(median(v) for k, v in speeds.items() if k.startswith('plain'))
-    return [dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=median(v)/best, values=v) for k, v in speeds.items()]
+    return [
+        dict(name=k, unit='images/s', median=median(v), min=min(v), max=max(v), ratio=median(v) / best, values=v)
+        for k, v in speeds.items()]
 
 # %% ../../nbs/train/46_bench.ipynb #7be20d11
 def answer() -> None:
-    "What a child of `SideBySide` does: warm up, then train for as many seconds as a line of its input says and print images a second."
+    ("What a child of `SideBySide` does: warm up, then train for as many seconds "
+     "as a line of its input says and print images a second.")
     torch.set_num_threads(1)
     step = training_loops((), ('bf16',))['ltbook, bf16']
     step(), step()
@@ -190,8 +207,14 @@ class SideBySide:
         self,
         n: int = 2,  # runs
     ):
-        self.children = [subprocess.Popen([sys.executable, '-c', 'from ltbook.train.bench import answer; answer()'], env=child_env(1), text=True,
-                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(n)]
+        self.children = [
+            subprocess.Popen(
+                [sys.executable, '-c', 'from ltbook.train.bench import answer; answer()'],
+                env=child_env(1),
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE)
+            for _ in range(n)]
 
     def _lines(self) -> list[str]:
         lines = [c.stdout.readline().strip() for c in self.children]
@@ -233,7 +256,11 @@ def stage_step(
 ) -> Callable[[], int]:  # trains the same batch again and again; returns its size
     "The first batch of a stage as a loop of one step."
     stage.set_mode(stage.network)
-    optimizer, rng, index, c = stage.optimizer(), np.random.default_rng(0), stage.sampler.epoch()[:stage.batch_size], Compute(precision=precision)
+    optimizer, rng, index, c = (
+        stage.optimizer(),
+        np.random.default_rng(0),
+        stage.sampler.epoch()[: stage.batch_size],
+        Compute(precision=precision))
     view = as_view(stage.view)
     for g in optimizer.param_groups: g['lr'] = 0.01
     def step() -> int:

@@ -91,8 +91,8 @@ def test_files(few, tmp_path, capsys):
     name = bench.slug(bench.device_name())
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == [f'{name}.json', f'{name}.png']
-        and (tmp_path / f'{name}.png').read_bytes()[:4] == b'\x89PNG')
-    assert [r['name'] for r in json.loads((tmp_path / f'{name}.json').read_text())['rows']] == [
+        and (tmp_path/f'{name}.png').read_bytes()[:4] == b'\x89PNG')
+    assert [r['name'] for r in json.loads((tmp_path/f'{name}.json').read_text())['rows']] == [
         'good',
         'broken',
         'later',
@@ -194,7 +194,7 @@ def test_two_seeds_at_once_equal_each_alone(tmp_path, monkeypatch):
         '--seeds',
         '0,1',
         '--out',
-        str(tmp_path / 'both')]
+        str(tmp_path/'both')]
     r = CliRunner().invoke(app, words, env=dict(COLUMNS='200'))
     assert r.exit_code == 0 and '2 of 2 seeds' in r.output and 'mean' in r.output, r.output
     both = find_runs(tmp_path/'both')
@@ -205,7 +205,7 @@ def test_two_seeds_at_once_equal_each_alone(tmp_path, monkeypatch):
         'final']['nll']
     for b, a in zip(both, alone):
         assert (
-            b.metrics == json.loads((a / 'metrics.json').read_text())
+            b.metrics == json.loads((a/'metrics.json').read_text())
             and b.id in r.output
             and b.env['threads'] == 1)
     monkeypatch.setattr(seeds, 'start', lambda *a: pytest.fail('a finished seed was started again'))
@@ -231,7 +231,7 @@ def test_a_seed_that_fails_stops_no_other(tmp_path, monkeypatch):
         '--seeds',
         '1,0',
         '--out',
-        str(tmp_path / 'out')]
+        str(tmp_path/'out')]
     r = CliRunner().invoke(app, words, env=dict(COLUMNS='200'))
     assert r.exit_code == 1 and '1 of 2 runs failed: seed 1' in r.output and '1 of 2 seeds' in r.output, r.output
     assert [x.recipe.seed for x in find_runs(tmp_path/'out')] == [0]

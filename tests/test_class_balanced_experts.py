@@ -172,7 +172,7 @@ def damage(path, **arrays):
         (dict(class_mask=np.zeros(5, bool)), 'no class'),
         (dict(class_mask=np.array([1, 1, 1, 0, 0], bool)), 'shape')])
 def test_damaged_files_say_what_is_wrong(three, tmp_path, arrays, word):
-    path = write_logits(tmp_path / 'e.h5', three[0])
+    path = write_logits(tmp_path/'e.h5', three[0])
     damage(path, **arrays)
     with pytest.raises(UserError, match=word):
         read_logits(path)
@@ -261,7 +261,7 @@ def test_two_experts_and_the_generalist(tmp_path):
             tmp_path))
     assert (
         r.metrics['final']['stage'] == 'extended'
-        and not (r.path / 'expert3.safetensors').exists()
+        and not (r.path/'expert3.safetensors').exists()
         and len(run_members(r)) == 2)
     files = export_logits(r, tmp_path/'logits')
     assert sorted(p.name for p in files) == [

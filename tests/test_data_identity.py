@@ -119,7 +119,7 @@ def test_import_with_force(tmp_path):
         return tmp_path/folder
     def call(*words):
         return CliRunner().invoke(
-            app, [*map(str, words), '--data-root', str(tmp_path / 'data')], env=dict(COLUMNS='400'))
+            app, [*map(str, words), '--data-root', str(tmp_path/'data')], env=dict(COLUMNS='400'))
     words = (
         'run',
         'balanced_softmax',
@@ -130,7 +130,7 @@ def test_import_with_force(tmp_path):
         'batch_size=4',
         '--bare',
         '--out',
-        tmp_path / 'out')
+        tmp_path/'out')
     assert call('import', pictures('one', 0), 'mine', '--size', 12).exit_code == 0
     assert call(*words).exit_code == 0
     before = content(tmp_path/'out')
@@ -219,7 +219,7 @@ def test_copies_are_told(tmp_path):
     assert find_copies(rows[:4], np.arange(4), rows[3:], np.arange(3, 6))['test_in_train'] == 1
     x = torch.arange(4, dtype=torch.uint8).repeat_interleave(3*16).view(4, 4, 4, 3)
     write_h5(
-        tmp_path / 'twice.h5',
+        tmp_path/'twice.h5',
         ImageSet(x, torch.tensor([0, 0, 1, 1]), ('a', 'b')),
         ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
     out = (
@@ -228,7 +228,7 @@ def test_copies_are_told(tmp_path):
         .output)
     assert '2 of the test images equal a train image' in out and '1 of the images come with more than one label' in out
     write_h5(
-        tmp_path / 'once.h5',
+        tmp_path/'once.h5',
         ImageSet(x[:2], torch.tensor([0, 1]), ('a', 'b')),
         ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
     assert (
@@ -264,7 +264,7 @@ def test_a_sweep_looks_at_the_data(made, other, tmp_path):
         '1',
         '--bare',
         '--out',
-        str(tmp_path / 'out'),
+        str(tmp_path/'out'),
         *(
             w
             for c in ('epochs=1', 'max_steps=2', 'batch_size=8', 'first_side=4', 'precision=fp32')
@@ -286,4 +286,4 @@ def test_disks_that_refuse(tmp_path, monkeypatch):
     (tmp_path/'file').write_text('')
     with pytest.raises(UserError, match='Cannot write'): write_h5(tmp_path/'file'/'x.h5', x, x)
     with pytest.raises(UserError, match='Cannot write'):
-        write_features(tmp_path / 'file' / 'x.h5', [(torch.zeros(2, 3), torch.tensor([0, 1]))])
+        write_features(tmp_path/'file' / 'x.h5', [(torch.zeros(2, 3), torch.tensor([0, 1]))])

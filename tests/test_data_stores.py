@@ -19,7 +19,7 @@ def good(tmp_path): return write_h5(tmp_path/'good.h5', some(), some(6, seed=1))
 def test_round_trip(tmp_path, channels):
     a, b = some(channels=channels), some(6, channels=channels, seed=1)
     train, test, attrs = read_h5(
-        write_h5(tmp_path / 'deep' / 'er' / 'x.h5', a, b, mean=[0.1] * channels, flip=True, pad=2, source='äöü'))
+        write_h5(tmp_path/'deep' / 'er' / 'x.h5', a, b, mean=[0.1] * channels, flip=True, pad=2, source='äöü'))
     for got, want in ((train, a), (test, b)):
         assert (
             torch.equal(got.images, want.images)

@@ -230,26 +230,26 @@ class TestRuns:
     def test_resume(self, tmp_path, method, changes):
         "Killed in stage 1 and taken up again: the same run to the last bit"
         r = recipe(method, 'digits', epochs=4, max_steps=2, stage2_epochs=2, **changes)
-        whole = load_run(run(r, tmp_path / 'whole'))
+        whole = load_run(run(r, tmp_path/'whole'))
 
         def kill(row):
             if row['epoch'] == 1:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(r, tmp_path / 'parts', report=kill)
-        parts = load_run(run(r, tmp_path / 'parts'))
+            run(r, tmp_path/'parts', report=kill)
+        parts = load_run(run(r, tmp_path/'parts'))
         assert parts.metrics == whole.metrics
         pd.testing.assert_frame_equal(
             parts.history.drop(columns=['seconds', 'images_per_second']),
             whole.history.drop(columns=['seconds', 'images_per_second']))
         for name in ('weights', 'accuracies'):
-            assert (whole.path / f'stage1-{name}.csv').read_text() == (parts.path / f'stage1-{name}.csv').read_text()
+            assert (whole.path/f'stage1-{name}.csv').read_text() == (parts.path/f'stage1-{name}.csv').read_text()
 
     def test_folder(self, tmp_path):
         done = load_run(run(recipe('difficulty_net', 'digits', profile='smoke'), tmp_path))
         for name in ('weights', 'accuracies', 'difficulties'):
-            assert pd.read_csv(done.path / f'stage1-{name}.csv').shape == (2, 10)
+            assert pd.read_csv(done.path/f'stage1-{name}.csv').shape == (2, 10)
         first = done.history[done.history.stage == 'stage1']
         assert {
             'driver_loss',

@@ -238,7 +238,7 @@ def test_run_on_feature_files(root, tmp_path):
         and r.metrics['final']['top1'] > 0.6)
     p = r.predictions
     kept, kept_test = (
-        np.loadtxt(r.path / f'flow1-{k}.csv', delimiter=',', skiprows=1)[-1] for k in ('kept', 'kept_test'))
+        np.loadtxt(r.path/f'flow1-{k}.csv', delimiter=',', skiprows=1)[-1] for k in ('kept', 'kept_test'))
     labels = read_features(root/'blobs'/'feature_train.h5', root/'blobs'/'feature_test.h5')[0].labels.numpy()
     assert kept.tolist() == np.bincount(
         labels[p['dlsa/train_level'] == 0], minlength=5).tolist() and kept.sum() == 218 - int(218 * 0.7)
@@ -339,7 +339,7 @@ nan = x0.copy(); nan[7, 2] = np.nan
         ('train', dict(labels=y0 + 0.5), 'whole numbers')])
 def test_bad_feature_files(tmp_path, part, arrays, words):
     with pytest.raises(UserError, match=words):
-        read_features(*bad_files(tmp_path / 'bad', **{part: arrays}))
+        read_features(*bad_files(tmp_path/'bad', **{part: arrays}))
 
 
 def test_truncated_file(tmp_path):
@@ -352,14 +352,14 @@ def test_levels_that_cannot_be(tmp_path):
     "One class only, and labels whose file names a class without rows"
     x, _ = features([60])
     for part in ('train', 'test'):
-        write_features(tmp_path / 'one' / f'feature_{part}.h5', [(x, torch.zeros(60, dtype=torch.int64))])
+        write_features(tmp_path/'one' / f'feature_{part}.h5', [(x, torch.zeros(60, dtype=torch.int64))])
     with pytest.raises(UserError, match='two classes'):
         run(recipe('dlsa', 'one', profile='short', **TINY), tmp_path, root=tmp_path, device='cpu')
     with pytest.raises(UserError, match='No rows are left'): keep_threshold(torch.tensor([]))
     with pytest.raises(UserError, match='head_weight'):
         (
-            write_features(tmp_path / 'two' / 'feature_train.h5', [features([60, 30])]),
-            write_features(tmp_path / 'two' / 'feature_test.h5', [features([9, 9])]))
+            write_features(tmp_path/'two' / 'feature_train.h5', [features([60, 30])]),
+            write_features(tmp_path/'two' / 'feature_test.h5', [features([9, 9])]))
         run(
             recipe('dlsa', 'two', profile='short', **TINY | dict(head_start='stage1')),
             tmp_path,

@@ -230,8 +230,8 @@ def test_full_disk(small_disk, tmp_path, size):
     assert not list(place.rglob('*.part'))
     subprocess.run(['mount', '-o', 'remount,size=200m', str(place)], check=True)
     assert (
-        load_run(run(r, place / 'out', device='cpu')).metrics
-        == load_run(run(r, tmp_path / 'whole', device='cpu')).metrics)
+        load_run(run(r, place/'out', device='cpu')).metrics
+        == load_run(run(r, tmp_path/'whole', device='cpu')).metrics)
 
 
 def test_full_disk_for_a_notebook(small_disk):
@@ -247,7 +247,7 @@ def test_full_disk_for_a_notebook(small_disk):
             '--profile',
             'smoke',
             '--out',
-            str(place / 'out')],
+            str(place/'out')],
         env=child_env(1),
         capture_output=True,
         text=True)
@@ -260,7 +260,7 @@ def test_read_only_disk(small_disk, finished):
     subprocess.run(['mount', '-o', 'remount,ro', str(place)], check=True)
     assert run(finished.recipe, place/'out', device='cpu').name == finished.path.name, 'a finished run can be read'
     with pytest.raises(UserError, match='Cannot (write|make)'):
-        run(recipe('mislas', profile='smoke'), place / 'out', device='cpu')
+        run(recipe('mislas', profile='smoke'), place/'out', device='cpu')
 
 
 def test_another_owner_is_named(tmp_path):

@@ -28,10 +28,10 @@ def logits(folder): return load_run(folder).predictions['logits']
 def test_packed_runs_are_those_alone(tmp_path, method, changes):
     "Two stages, draws, a look ahead with a network of its own, growing images; to the last bit"
     recipes = {s: recipe(method, profile='smoke', seed=s, **changes) for s in (3, 4)}
-    packed = run_packed(recipes, tmp_path / 'packed', device='cpu')
+    packed = run_packed(recipes, tmp_path/'packed', device='cpu')
     for s, r in recipes.items():
-        alone = run(r.model_copy(update=dict(capture=True)), tmp_path / 'alone', device='cpu')
-        assert packed[s].relative_to(tmp_path / 'packed') == alone.relative_to(tmp_path / 'alone')
+        alone = run(r.model_copy(update=dict(capture=True)), tmp_path/'alone', device='cpu')
+        assert packed[s].relative_to(tmp_path/'packed') == alone.relative_to(tmp_path/'alone')
         assert np.array_equal(logits(packed[s]), logits(alone)), (method, s)
 
 
@@ -43,7 +43,7 @@ def test_a_run_that_goes_on_meets_one_that_begins(tmp_path):
     with pytest.raises(KeyboardInterrupt): run(recipes[0], tmp_path/'packed', device='cpu', report=kill)
     packed = run_packed(recipes, tmp_path/'packed', device='cpu')
     for s, r in recipes.items():
-        assert np.array_equal(logits(packed[s]), logits(run(r, tmp_path / 'alone', device='cpu')))
+        assert np.array_equal(logits(packed[s]), logits(run(r, tmp_path/'alone', device='cpu')))
 
 
 def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
@@ -70,7 +70,7 @@ def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
     assert first[0].name.startswith('0-') and isinstance(first[1], OSError)
     second = run_packed(recipes, tmp_path/'packed', device='cpu')
     for s, r in recipes.items():
-        assert np.array_equal(logits(second[s]), logits(run(r, tmp_path / 'alone', device='cpu')))
+        assert np.array_equal(logits(second[s]), logits(run(r, tmp_path/'alone', device='cpu')))
 
 
 def test_the_command_packs_where_it_should(tmp_path, monkeypatch, capsys):

@@ -155,7 +155,7 @@ def test_truncated_training_state_is_told(tmp_path):
         (('mislas', '--set', 'lr=Infinity'), 'lr'),
         (('mislas', '--set', 'epochs=true'), 'epochs')])
 def test_mistakes_exit_2_with_one_sentence(tmp_path, words, says):
-    p = CliRunner().invoke(app, ['run', *words, '--out', str(tmp_path / 'out')], env=dict(COLUMNS='160'))
+    p = CliRunner().invoke(app, ['run', *words, '--out', str(tmp_path/'out')], env=dict(COLUMNS='160'))
     assert p.exit_code == 2 and says in p.output and 'Traceback' not in p.output
     assert not list(tmp_path.rglob('*.*')), 'a refused run leaves nothing behind'
 
@@ -179,7 +179,7 @@ def test_own_pictures(tmp_path):
         (tmp_path/'pictures'/name).mkdir(parents=True)
         for i in range(n):
             Image.fromarray(g.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
-                tmp_path / 'pictures' / name / f'{i}.png')
+                tmp_path/'pictures' / name/f'{i}.png')
     root = ['--data-root', str(tmp_path/'data')]
     p = CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'pets', '--size', '16', *root])
     assert p.exit_code == 0 and (tmp_path/'data'/'pets.h5').exists(), p.output
@@ -195,7 +195,7 @@ def test_own_pictures(tmp_path):
             'batch_size=16',
             '--bare',
             '--out',
-            str(tmp_path / 'out'),
+            str(tmp_path/'out'),
             *root])
     assert p.exit_code == 0, p.output
     r = find_runs(tmp_path/'out')[0]
@@ -207,7 +207,7 @@ def test_own_pictures(tmp_path):
     assert again.exit_code == 2, 'the name of a built-in data set is refused'
     for more, code in (([], 2), (['--force', '--size', '0'], 2), (['--force'], 0)):
         assert (
-            CliRunner().invoke(app, ['import', str(tmp_path / 'pictures'), 'pets', *more, *root]).exit_code
+            CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'pets', *more, *root]).exit_code
             == code), more
 
 
@@ -223,7 +223,7 @@ def test_through_the_notebook(tmp_path):
     p = ltbook('run', 'balanced_softmax', '--profile', 'smoke', '--out', 'out', cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     r = find_runs(tmp_path/'out')[0]
-    assert (r.path / 'run.ipynb').exists() and {f.name for f in (r.path / 'figures').iterdir()} == {
+    assert (r.path/'run.ipynb').exists() and {f.name for f in (r.path/'figures').iterdir()} == {
         'profile.png',
         'history.png',
         'reliability.png',
@@ -272,9 +272,9 @@ def test_analysis_on_nothing(tmp_path, page):
     papermill = pytest.importorskip('papermill')
     os.environ['PYTHONPATH'] = str(ROOT)
     nb = papermill.execute_notebook(
-        str(ROOT / 'nbs' / 'analysis' / f'{page}.ipynb'),
-        str(tmp_path / 'out.ipynb'),
-        dict(outputs=str(tmp_path / 'none')),
+        str(ROOT/'nbs' / 'analysis' / f'{page}.ipynb'),
+        str(tmp_path/'out.ipynb'),
+        dict(outputs=str(tmp_path/'none')),
         progress_bar=False,
         kernel_name='python3')
     assert 'Make one with' in json.dumps(nb)

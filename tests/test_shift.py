@@ -242,11 +242,11 @@ def test_shift_of_any_run(runs):
         t = pd.read_csv(path/'shift'/'accuracy.csv')
         assert (
             t['shift'].nunique() == 5 + 6
-            and ('adapted' in set(t.answer)) == (method == 'sade') == (path / 'shift' / 'weights.csv').exists())
+            and ('adapted' in set(t.answer)) == (method == 'sade') == (path/'shift' / 'weights.csv').exists())
         assert (
             'backward-10' in text
-            and (path / 'shift' / 'shift.png').exists()
-            and json.loads((path / 'shift' / 'settings.json').read_text())['draws'] == 2)
+            and (path/'shift' / 'shift.png').exists()
+            and json.loads((path/'shift' / 'settings.json').read_text())['draws'] == 2)
         r = load_run(path)
         whole = t[(t['shift'] == 'uniform') & (t.answer == 'as is')].iloc[0]
         assert (

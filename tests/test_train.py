@@ -19,7 +19,7 @@ from ltbook.train.loop import fit, predict
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(
     '.'.join(p.relative_to(ROOT).with_suffix('').parts)
-    for p in (ROOT / 'ltbook').rglob('*.py')
+    for p in (ROOT/'ltbook').rglob('*.py')
     if p.name not in ('__init__.py', '_modidx.py'))
 
 

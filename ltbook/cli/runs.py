@@ -113,9 +113,9 @@ def run_(
         console.print(
             'papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.'
         )
-    finished = (folder / 'done.json').exists()
+    finished = (folder/'done.json').exists()
     with Reporter(console) as r:
-        if notebook is None or (finished and (folder / 'run.ipynb').exists()):
+        if notebook is None or (finished and (folder/'run.ipynb').exists()):
             folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
         else:
             run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)

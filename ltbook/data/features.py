@@ -222,7 +222,7 @@ def find_features(
     "The two feature files of a folder, under one of the names in use."
     def first(*parts):
         return next(
-            (p for s in ('', 's') for part in parts if (p := Path(folder) / f'feature{s}_{part}.h5').is_file()),
+            (p for s in ('', 's') for part in parts if (p := Path(folder)/f'feature{s}_{part}.h5').is_file()),
             None)
     files = first('train'), first('test', 'val')
     return files if all(files) else None

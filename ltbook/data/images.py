@@ -59,7 +59,7 @@ def is_here(
     root = data_root(root)
     return (
         name == 'digits'
-        or (root / f'{name}.h5').is_file()
+        or (root/f'{name}.h5').is_file()
         or all(any((root / name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*')))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db

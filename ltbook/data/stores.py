@@ -204,7 +204,7 @@ def import_folder(
         raise UserError(
             f'{name!r} cannot name a data set: use letters, digits, - and _, and none of {", ".join(RESERVED)}.')
     if size < 4: raise UserError(f'The side of the images must be at least 4 pixels, got {size}.')
-    if (Path(root) / f'{name}.h5').exists() and not force:
+    if (Path(root)/f'{name}.h5').exists() and not force:
         raise UserError(
             f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
     if not folder.is_dir():
@@ -222,7 +222,7 @@ def import_folder(
             n, order = min(max(1, round(test_fraction * len(files))), len(files) - 1), rng.permutation(len(files))
             test[c], train[c] = [files[i] for i in sorted(order[:n])], [files[i] for i in sorted(order[n:])]
     return write_h5(
-        Path(root) / f'{name}.h5',
+        Path(root)/f'{name}.h5',
         _load(train, train, size),
         _load(test, train, size),
         source=f'pictures of folder {folder.name}')

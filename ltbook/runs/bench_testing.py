@@ -83,7 +83,7 @@ def loading_row(
             return len(
                 torch.stack(
                     [
-                        torch.from_numpy(np.array(Image.open(place / f'{i}.png').convert('RGB')))
+                        torch.from_numpy(np.array(Image.open(place/f'{i}.png').convert('RGB')))
                         for i in range(few)]))
         def ours() -> int: return sum(map(len, read_h5(place/'images.h5')[:2]))
         speeds = take_turns(dict(plain=plain, ours=ours), seconds, warm=1)

@@ -99,7 +99,7 @@ def open_session(
     except (Damaged, KeyError, TypeError, ValueError): earlier = []
     now = dict(
         started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        epochs_before=len(read_rows(folder / 'history.csv')),
+        epochs_before=len(read_rows(folder/'history.csv')),
         captured=[],
         **git_state())
     write_json(file, dict(sessions=earlier + [now]))

@@ -75,7 +75,7 @@ def export_features(
     source = f'{run.id}, {stage or "first stage"}'
     return tuple(
         write_features(
-            folder / f'feature_{part}.h5',
+            folder/f'feature_{part}.h5',
             feature_batches(context, network, part, batch_size),
             linear_of(network),
             source,

@@ -139,7 +139,7 @@ def load_run(
         raise UserError(
             f'The run in {path} is not finished. Start it again with the same words to go on where it stopped.')
     try:
-        recipe, metrics, env, done = (read_json(path / f'{n}.json') for n in ('recipe', 'metrics', 'env', 'done'))
+        recipe, metrics, env, done = (read_json(path/f'{n}.json') for n in ('recipe', 'metrics', 'env', 'done'))
         get_method(recipe['method'])
         run = Run(path, Recipe(**recipe), metrics, env)
         if done.get('run', run.id) != run.id:

@@ -125,7 +125,7 @@ def export_logits(
     Path(folder).mkdir(parents=True, exist_ok=True)
     names = sorted({k.split('/')[0] for k in run.predictions if k.endswith('/val_raw')})
     return [
-        write_logits(Path(folder) / f'{part}-{n}.h5', run_members(run, part, [n])[0])
+        write_logits(Path(folder)/f'{part}-{n}.h5', run_members(run, part, [n])[0])
         for part in ('val', 'test')
         for n in names]
 
@@ -288,7 +288,7 @@ def share_generalist(
             f'The run {start.id} has no weights of its generalist here. Make them again with: {start.again}')
     folder = open_folder(recipe, out)
     with owned(folder):
-        if (folder / 'manifest.json').exists():
+        if (folder/'manifest.json').exists():
             raise UserError(f'The run in {folder} has begun already: it can\'t take a generalist over.')
         for name in ('manifest.json', source.name):      # the manifest is compared when it runs
             write_atomic(folder/name, lambda p: p.write_bytes(checked(start.path/name).read_bytes()))

@@ -178,7 +178,7 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
     (folder/'weights.csv').unlink(missing_ok=True)
     if learned:
         write_rows(
-            folder / 'weights.csv',
+            folder/'weights.csv',
             [
                 dict(shift=k, **row, stopped=m.stopped and row is m.path[-1])
                 for k, m in learned.items()

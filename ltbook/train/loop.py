@@ -199,7 +199,7 @@ def finish(
 ) -> None:
     "Write what a stage leaves behind under its final names, the weights last; the resume file is no longer needed."
     for name, values in curves.items():
-        write_rows(folder / f'{stage.name}-{name}.csv', pd.DataFrame(values.numpy()).to_dict('records'))
+        write_rows(folder/f'{stage.name}-{name}.csv', pd.DataFrame(values.numpy()).to_dict('records'))
     if stage.state: save_state(folder/f'{stage.name}.state.pt', {k: v.state_dict() for k, v in stage.state.items()})
     save_weights(folder/f'{stage.name}.safetensors', stage.network)
     (folder/'training.pt').unlink(missing_ok=True)

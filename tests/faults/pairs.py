@@ -42,8 +42,8 @@ def kernels(out):
     for p in Path('/proc').glob('[0-9]*'):
         try:
             if (
-                b'ipykernel' in (p / 'cmdline').read_bytes()
-                and f'{MARK}={out}'.encode() in (p / 'environ').read_bytes()):
+                b'ipykernel' in (p/'cmdline').read_bytes()
+                and f'{MARK}={out}'.encode() in (p/'environ').read_bytes()):
                 found.append(int(p.name))
         except OSError: continue
     return found

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from ltbook.data.checks import UserError
 from ltbook.measure.calibration import classwise_calibration_error
 from ltbook.measure.report import measures
-from ltbook.runs import bench, seeds
-from ltbook.runs.bench_testing import plain_measures
-from ltbook.runs.bench_training import IMPORTS, NotRun, child, not_run, versus
-from ltbook.runs.time_to_accuracy import evidence
+from ltbook.bench import table as bench
+from ltbook.studies import seeds
+from ltbook.bench.testing import plain_measures
+from ltbook.bench.training import IMPORTS, NotRun, child, not_run, versus
+from ltbook.bench.time_to_accuracy import evidence
 from ltbook.cli.main import app
 from ltbook.runs.folder import find_runs
 from ltbook.methods.recipe import recipe
@@ -137,7 +138,7 @@ def test_import_is_light():
         [
             sys.executable,
             '-c',
-            f'{IMPORTS}\nimport sys, ltbook.runs.seeds; print(*({HEAVY!r} & set(sys.modules)))'],
+            f'{IMPORTS}\nimport sys, ltbook.studies.seeds; print(*({HEAVY!r} & set(sys.modules)))'],
         cwd=ROOT,
         capture_output=True,
         text=True)

@@ -19,7 +19,7 @@ from ltbook.methods.class_balanced_experts import train_only
 from ltbook.models.fusion import JointCalibration, fuse, reject_shift
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
-from ltbook.runs.fusion import Logits, export_logits, fuse_logits, read_logits, run_members, write_logits
+from ltbook.studies.fusion import Logits, export_logits, fuse_logits, read_logits, run_members, write_logits
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.run import run
 

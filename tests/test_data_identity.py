@@ -14,12 +14,12 @@ from ltbook.data.images import load_images
 from ltbook.data.stores import ImageSet, write_h5
 from ltbook.cli.main import app
 from ltbook.runs.evaluate import evaluate, logits_from_weights
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
-from ltbook.runs.fusion import check_alike, logits_on, read_logits, run_members, share_generalist, write_logits
+from ltbook.studies.fusion import check_alike, logits_on, read_logits, run_members, share_generalist, write_logits
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run
-from ltbook.runs.shift import shift
+from ltbook.studies.shift import shift
 
 SMALL = dict(imbalance=4, profile='smoke', batch_size=8)
 

@@ -18,7 +18,7 @@ from ltbook.methods.routed_heads import HeadBank, LevelHead, RoutedRows, level_l
 from ltbook.models.flow import MaskedFlow
 from ltbook.models.flow_filter import FlowFilter, component_densities, log_likelihood, read_rows
 from ltbook.models.levels import PairSampler, assign_levels, cluster_prior, cluster_table, keep_threshold
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run

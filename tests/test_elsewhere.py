@@ -10,12 +10,12 @@ import ltbook.train.loop as loop
 from ltbook.data.auto_augment import AutoAugment
 from ltbook.methods.method import methods
 from ltbook.runs.evaluate import logits_from_weights
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import load_run
-from ltbook.runs.fusion import logits_on
+from ltbook.studies.fusion import logits_on
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.runs.shift import shift
+from ltbook.studies.shift import shift
 from ltbook.train.files import load_state
 
 from elsewhere import DEVICE, Elsewhere, mark, there

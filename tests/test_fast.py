@@ -14,14 +14,14 @@ import torch
 from ltbook.data.checks import UserError
 from ltbook.methods.fast import fast_rows
 from ltbook.methods.method import get_method, methods
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
-from ltbook.runs.fusion import unused_images
+from ltbook.studies.fusion import unused_images
 from ltbook.runs.published import beside_the_paper
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.environment import command
 from ltbook.runs.run import make_context, recipe_from, run
-from ltbook.runs.sweep import choose, is_row, sweep_rows
+from ltbook.studies.sweep import choose, is_row, sweep_rows
 from ltbook.train.captured import captured_step
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch

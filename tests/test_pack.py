@@ -10,8 +10,8 @@ import pytest
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.runs import seeds
-from ltbook.runs.seeds import run_packed
+from ltbook.studies import seeds
+from ltbook.studies.seeds import run_packed
 from ltbook.train.pack import Pack, together
 
 

@@ -19,7 +19,7 @@ from ltbook.measure.label_shift import estimate_prior, replace_prior
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.runs.shift import cli_shift, collect_shifts, make_shifts, shift, shift_summary
+from ltbook.studies.shift import cli_shift, collect_shifts, make_shifts, shift, shift_summary
 
 
 def tail(n, c, r): return [int(n*(1/r)**(k/(c - 1))) for k in range(c)]

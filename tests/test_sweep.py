@@ -10,7 +10,7 @@ from ltbook.methods.difficulty_net import ablation_grid
 from ltbook.methods.method import Method, methods
 from ltbook.cli.main import app
 from ltbook.methods.recipe import recipe
-from ltbook.runs.sweep import choose, is_row, listing, sweep, sweep_rows
+from ltbook.studies.sweep import choose, is_row, listing, sweep, sweep_rows
 
 
 class TestGrid:

@@ -32,7 +32,7 @@ def shift_(
     device: Device = 'auto'):
     "Test a run under label shift: long-tailed, uniform and inversely long-tailed test sets."
     from ltbook.runs.folder import resolve_run
-    from ltbook.runs.shift import RATIOS, cli_shift
+    from ltbook.studies.shift import RATIOS, cli_shift
 
     try:
         wanted = tuple(float(r) for r in ratios.split(',')) if ratios else RATIOS
@@ -61,7 +61,7 @@ def features_(
     out: Out = Path('outputs'),
     device: Device = 'auto'):
     "Write what enters the classifier of a run, train and test, for methods that learn from features."
-    from ltbook.runs.features import export_features
+    from ltbook.studies.features import export_features
     from ltbook.runs.folder import resolve_run
 
     train, test = export_features(resolve_run(run, out), folder, stage, data_root, device)
@@ -116,6 +116,6 @@ def bench_(
     ] = None,
     as_json: Annotated[bool, typer.Option('--json', help='Print JSON only.')] = False):
     "Speed here: a plain way of doing things beside ours, row by row."
-    from ltbook.runs.bench import cli_bench
+    from ltbook.bench.table import cli_bench
 
     cli_bench(seconds, tuple(only or ()), out, as_json)

@@ -99,7 +99,7 @@ def run_(
         start=str(first.path) if first else None)
     extra = parse_changes(changes or [])
     if seeds is not None:
-        from ltbook.runs.seeds import cli_seeds
+        from ltbook.studies.seeds import cli_seeds
 
         cli_seeds(seeds, words, extra, changes or [], bare, console)
         return
@@ -195,7 +195,7 @@ def sweep_(
     device: Device = 'auto',
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "List a method's sweep and run what is missing of it; what is finished is left alone."
-    from ltbook.runs.sweep import choose, listing, sweep, sweep_rows
+    from ltbook.studies.sweep import choose, listing, sweep, sweep_rows
 
     rows = choose(
         sweep_rows(method, name, dataset, imbalance, profile, out, dict(seed=seed) | parse_changes(changes or [])),

@@ -83,7 +83,7 @@ def import_(
     name: Annotated[str, typer.Argument(help='Name of the data set.')],
     size: Annotated[int, typer.Option(help='Side of the square images.')] = 32,
     test_fraction: Annotated[float, typer.Option(help='Of every class, where there is no test/ folder.')] = 0.2,
-    fit: Annotated[str, typer.Option(help='What becomes of pictures that are not square: crop, letterbox, squash.')] = 'crop',
+    fit: Annotated[Optional[str], typer.Option(help='For pictures that are not square: crop, letterbox, squash.')] = None,
     background: Annotated[str, typer.Option(help='Colour behind transparent pixels and letterboxes.')] = 'white',
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, and list them.')] = False,
     force: Annotated[bool, typer.Option('--force', help='Replace a data set of that name.')] = False,

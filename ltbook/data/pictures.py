@@ -147,14 +147,14 @@ def _some(names, n=5):
 class Reading:
     "How the pictures of a folder become squares of bytes."
     side: int = 32  # pixels
-    fit: str = 'crop'  # a key of FITS
+    fit: str | None = None  # a key of FITS; None crops, unless a picture would lose more than half
     background: str = 'white'  # behind transparent pixels and letterboxes: a colour by name or #rrggbb
     skip_broken: bool = False  # leave broken pictures out instead of stopping
 
     def __post_init__(self):
         if not 4 <= self.side <= 4096:
             raise UserError(f'The side of the images must be 4 to 4096 pixels, got {self.side}.')
-        one_of(self.fit, FITS, 'way to fit')
+        if self.fit is not None: one_of(self.fit, FITS, 'way to fit')
         try: self.rgb
         except ValueError as e:
             raise UserError(f'{self.background!r} is no colour; give a name such as white, or #rrggbb.') from e
@@ -171,10 +171,10 @@ class Seen:
     cuts: list = field(default_factory=list)  # share of every picture that cropping cuts off
     broken: list = field(default_factory=list)  # sentences about pictures that were left out
 
-    def sentences(self, fit: str) -> list[str]:
+    def sentences(self, fit: str | None) -> list[str]:
         "In words, for the user."
         told = [f'{n} pictures {kind}.' for kind, n in sorted(self.kinds.items())]
-        if fit == 'crop' and max(self.cuts, default=0) > .005:
+        if fit in (None, 'crop') and max(self.cuts, default=0) > .005:
             told.append(f'Cropping to the central square cuts off {100*np.mean(self.cuts):.0f} % of a picture on average, '
                         f'{100*max(self.cuts):.0f} % at most; --fit letterbox or --fit squash keeps all of it.')
         return told + [f'Left out: {text}' for text in self.broken]
@@ -206,15 +206,19 @@ def read_square(
             warnings.simplefilter('ignore')      # of Pillow, about what it forgives
             kinds = list(_kinds(im, reading, scale))
             rgb = to_rgb(im, reading.rgb, scale or (0., 65535.))
-            square = fit_square(rgb, reading.side, reading.fit, reading.rgb)
+            square = fit_square(rgb, reading.side, reading.fit or 'crop', reading.rgb)
     except Exception as e:
         text = f'{printable(str(path))} cannot be read as a picture ({printable(str(e) or type(e).__name__)})'
         if not reading.skip_broken:
             raise UserError(f'{text}; repair or remove it, or leave such pictures out with --skip-broken.') from e
         seen.broken.append(text + '.')
         return None
+    cut = cut_off(rgb)
+    if reading.fit is None and cut > .5:
+        raise UserError(f'Cropping to the central square would cut {100*cut:.0f} % off {printable(str(path))}: '
+                        'choose --fit letterbox or --fit squash, which keep all of it, or --fit crop.')
     seen.kinds.update(kinds)
-    seen.cuts.append(cut_off(rgb))
+    seen.cuts.append(cut)
     return square
 
 def _kinds(im, reading, scale):

@@ -247,7 +247,7 @@ def import_folder(
     test_fraction: float = 0.2,  # part of every class to test on, in (0, 1); unused when there is a test/ folder
     seed: int = 0,  # seed of that choice
     force: bool = False,  # replace a data set of that name
-    fit: str = 'crop',  # a key of `ltbook.data.pictures.FITS`
+    fit: str | None = None,  # a key of `ltbook.data.pictures.FITS`; None crops, unless more than half would be lost
     background: str = 'white',  # a colour, behind transparent pixels and letterboxes
     skip_broken: bool = False,  # leave broken pictures out instead of stopping
     say: Callable[[str], None] = lambda text: None,  # told what was found and what was done

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['NonNegative', 'Positive', 'Length', 'Share', 'Seed', 'Whole', 'FACTS', 'STAGE1_FIELDS', 'UNHASHED', 'LOSS_FIELDS',
-           'WORDS', 'PROFILES', 'Settings', 'Published', 'Recipe', 'flat', 'changed', 'recipe_hash', 'published_row',
-           'recipe']
+           'TRUTHS', 'WORDS', 'PROFILES', 'Settings', 'Published', 'Recipe', 'spelt', 'flat', 'changed', 'recipe_hash',
+           'published_row', 'recipe']
 
 # %% ../../nbs/methods/501_recipe.ipynb #4b214260
 import hashlib, json, math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import (
     BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
-from ..data.checks import UserError
+from ..data.checks import UserError, check_name
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
@@ -29,7 +30,7 @@ from ..train.schedule import SCHEDULES
 class Settings(BaseModel):
     "Base of the settings of one method. Fields are typed and have defaults; unknown names are refused."
     # so that defaults and values read back are the same
-    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True, allow_inf_nan=False)
 
 # %% ../../nbs/methods/501_recipe.ipynb #6b06cc7f
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -66,7 +67,7 @@ _MIXUP = ('mislas', 'cross_entropy', 'mixup', 'crt', 'lws', 'tau_norm', 'dlsa')
 # %% ../../nbs/methods/501_recipe.ipynb #f5b66704
 class Recipe(BaseModel):
     "All settings of one run. Frozen; unknown or mistyped fields are errors."
-    model_config = ConfigDict(frozen=True, extra='forbid', strict=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
     # what is learned from what
     method: str = _fact()  # name in the registry
     dataset: str = _fact()  # name for `load_images`
@@ -177,6 +178,43 @@ UNHASHED = tuple(k for k, f in FACTS.items() if not f['hashed'])
 LOSS_FIELDS = (
     'loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
 
+# %% ../../nbs/methods/501_recipe.ipynb #6c0ac69c
+TRUTHS = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
+
+def _kinds(annotation: Any) -> set[type]:
+    "The plain types that an annotation allows."
+    if get_origin(annotation) is Literal: return {type(v) for v in get_args(annotation)}
+    if get_origin(annotation) is Annotated: return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType): return set().union(*map(_kinds, get_args(annotation)))
+    return {get_origin(annotation) or annotation}
+
+def spelt(
+    value: Any,  # as somebody wrote it
+    annotation: Any,  # type of the field it is for
+) -> Any:  # the value of that type that is meant, else the same; not validated
+    "Read a value in any usual spelling."
+    kinds = _kinds(annotation)
+    if isinstance(value, str) and str not in kinds:
+        word = value.strip()
+        if bool in kinds and word.lower() in TRUTHS: return TRUTHS[word.lower()]
+        if NoneType in kinds and word.lower() in ('none', 'null', ''): return None
+        if not kinds & {int, float, bool}: return _json(word)
+        try: value = int(word) if word.lstrip('+-').isdecimal() else float(word)
+        except ValueError: return value
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer(): return int(value)
+    if type(value) is int and value in (0, 1) and bool in kinds and not kinds & {int, float}: return bool(value)
+    return value
+
+def _json(word: str) -> Any:
+    "A list or another structure, where the word is one."
+    try: return json.loads(word)
+    except ValueError: return word
+
+def _annotation(method, name: str) -> Any:
+    "The type of a field of the recipe or a setting of the method; Any for unknown names."
+    field = Recipe.model_fields.get(name) or method.settings.model_fields.get(name)
+    return field.annotation if field else Any
+
 # %% ../../nbs/methods/501_recipe.ipynb #dfcfface
 def flat(
     recipe: Recipe,  # any
@@ -243,10 +281,13 @@ def recipe(
     ("The published recipe nearest to the words, with changes. "
      "Raises `UserError` that names the right fields or types.")
     m = get_method(method)
+    check_name(dataset, 'data set')
+    changes = {k: spelt(v, _annotation(m, k)) for k, v in changes.items()}
+    imbalance = spelt(imbalance, Recipe.model_fields['imbalance'].annotation)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
-    elif not 1 <= imbalance < math.inf:
+    elif isinstance(imbalance, (str, bool)) or not 1 <= imbalance < math.inf:
         raise UserError('The imbalance is the largest over the smallest class, a number from 1 on; '
-                        f'got {imbalance}.')
+                        f'got {imbalance!r}.')
     # a second stage may follow a fast first one
     if profile == 'fast' and m.fast is None and not changes.get('start'):
         have = ', '.join(k for k, v in methods().items() if v.fast is not None)

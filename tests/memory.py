@@ -8,5 +8,9 @@ def memory(stage, optimizer):
     "All tensors a step may change"
     found = [*stage.network.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())]
     weigher = stage.state.get('weigher')
-    if isinstance(weigher, DifficultyWeigher): found += [*weigher.g.state_dict().values(), *weigher.sums.values(), *(v for s in weigher.optimizer.state.values() for v in s.values())]
+    if isinstance(weigher, DifficultyWeigher):
+        found += [
+            *weigher.g.state_dict().values(),
+            *weigher.sums.values(),
+            *(v for s in weigher.optimizer.state.values() for v in s.values())]
     return [t for t in found if isinstance(t, torch.Tensor)]

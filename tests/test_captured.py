@@ -1,4 +1,5 @@
-"The captured step is the ordinary step: same numbers, nothing asked of the device, nothing that only the loop would notice"
+("The captured step is the ordinary step: same numbers, nothing asked of "
+ "the device, nothing that only the loop would notice")
 import gc
 import json
 import sys
@@ -29,8 +30,17 @@ from ltbook.train.tape import TapeCuda
 from memory import memory
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [('mislas', 'stage1'), ('mislas', 'stage2'), ('cross_entropy', 'stage1'), ('balanced_softmax', 'stage1'), ('sade', 'stage1'), ('ride', 'stage1'), ('dirmixe', 'stage1'),
-          ('reweighting', 'stage1'), ('difficulty_net', 'stage1'), ('difficulty_net', 'stage2')]
+STAGES = [
+    ('mislas', 'stage1'),
+    ('mislas', 'stage2'),
+    ('cross_entropy', 'stage1'),
+    ('balanced_softmax', 'stage1'),
+    ('sade', 'stage1'),
+    ('ride', 'stage1'),
+    ('dirmixe', 'stage1'),
+    ('reweighting', 'stage1'),
+    ('difficulty_net', 'stage1'),
+    ('difficulty_net', 'stage2')]
 LOSSES = ('balanced_softmax', 'focal', 'equalization', 'logit_adjustment', 'ldam')
 
 
@@ -48,15 +58,18 @@ def load(stage, index, rng): return stage.view.load(stage.view.plan(index, rng))
 
 
 def values(stage, optimizer):
-    "Weights, statistics and momenta in one vector; of a network that learns weights too, with its Adam and what it logs"
+    ("Weights, statistics and momenta in one vector; of a network that "
+     "learns weights too, with its Adam and what it logs")
     return torch.cat([v.double().flatten() for v in memory(stage, optimizer)])
 
 
 def counts_on_the_device(stage, monkeypatch, foreach=True):
-    "Adam in the form it has on a GPU, where its count of steps lies on the device; PyTorch allows it nowhere else, and with foreach makes a number of its own on a CPU"
+    ("Adam in the form it has on a GPU, where its count of steps lies on the device; PyTorch "
+     "allows it nowhere else, and with foreach makes a number of its own on a CPU")
     monkeypatch.setattr(sys.modules['torch.optim.adam'], '_get_capturable_supported_devices', lambda *a, **k: ['cpu'])
     weigher = stage.state.get('weigher')
-    if isinstance(weigher, DifficultyWeigher): weigher.optimizer.param_groups[0] |= dict(capturable=True, foreach=foreach)
+    if isinstance(weigher, DifficultyWeigher):
+        weigher.optimizer.param_groups[0] |= dict(capturable=True, foreach=foreach)
 
 
 def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkeypatch=None, **changes):
@@ -70,7 +83,8 @@ def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkey
     losses = []
     for e in range(epochs):
         losses.append(train_epoch(stage, e, optimizer, rng, compute, step=step)[0])
-        if stage.after_epoch: losses += [v.mean().item() for v in stage.after_epoch(e).values()]       # accuracies, and weights from them, must be followed too
+        # accuracies, and weights from them, must be followed too
+        if stage.after_epoch: losses += [v.mean().item() for v in stage.after_epoch(e).values()]
     if step: assert len(step.loaded) == 1 + (len(stage.sampler) % stage.batch_size > 0)
     return losses, values(stage, optimizer), rng.bit_generator.state
 
@@ -87,11 +101,19 @@ def test_same_as_the_loop(method, name):
     same(trained(method, name, False), trained(method, name, True))
 
 
-REPLAYED = ([(m, n, {}) for m, n in STAGES] + [('balanced_softmax', 'stage1', dict(first_side=4, nesterov=True, precision='bf16')), ('difficulty_net', 'stage1', dict(meta_grad='none'))]
-            + [(m, 'stage1', dict(loss=v, head='cosine' if v == 'ldam' else 'linear')) for m in ('difficulty_net', 'reweighting') for v in LOSSES])
+REPLAYED = (
+    [(m, n, {}) for m, n in STAGES]
+    + [
+        ('balanced_softmax', 'stage1', dict(first_side=4, nesterov=True, precision='bf16')),
+        ('difficulty_net', 'stage1', dict(meta_grad='none'))]
+    + [
+        (m, 'stage1', dict(loss=v, head='cosine' if v == 'ldam' else 'linear'))
+        for m in ('difficulty_net', 'reweighting')
+        for v in LOSSES])
 
 
-@pytest.mark.parametrize('method, name, changes', REPLAYED, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in REPLAYED])
+@pytest.mark.parametrize(
+    'method, name, changes', REPLAYED, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in REPLAYED])
 def test_replayed_it_is_the_loop(method, name, changes, monkeypatch):
     "Operations done again on the same memory, no Python between them: to the last bits what the loop does"
     changes, cuda = dict(batch_size=32, monkeypatch=monkeypatch) | changes, TapeCuda()
@@ -106,7 +128,9 @@ def test_replaying_notices_what_stays_in_python(monkeypatch):
     def measured(self, epoch, accuracies): self.epoch, self.accuracies = epoch, accuracies
     changes = dict(batch_size=32, monkeypatch=monkeypatch, network_lr=1e-2)
     monkeypatch.setattr(DifficultyWeigher, 'measured', measured)
-    loop, called, replayed = (trained('difficulty_net', 'stage1', c, cuda=t, **changes) for c, t in ((False, None), (True, None), (True, TapeCuda())))
+    loop, called, replayed = (
+        trained('difficulty_net', 'stage1', c, cuda=t, **changes)
+        for c, t in ((False, None), (True, None), (True, TapeCuda())))
     same(loop, called)
     assert (loop[1] - replayed[1]).abs().max() > 1e-3
 
@@ -118,17 +142,25 @@ def test_replaying_notices_a_history_that_stays_in_python(monkeypatch):
     def init(self, *a, **k): plain(self, *a, **k); self.sums = Replaced(self.sums)
     plain = DifficultyWeigher.__init__
     monkeypatch.setattr(DifficultyWeigher, '__init__', init)
-    loop, replayed = (trained('difficulty_net', 'stage1', c, cuda=t, batch_size=32, monkeypatch=monkeypatch) for c, t in ((False, None), (True, TapeCuda())))
+    loop, replayed = (
+        trained('difficulty_net', 'stage1', c, cuda=t, batch_size=32, monkeypatch=monkeypatch)
+        for c, t in ((False, None), (True, TapeCuda())))
     assert not np.allclose(loop[0], replayed[0], rtol=1e-3, equal_nan=True)
 
 
-@pytest.mark.parametrize('changes', [dict(auto_augment=True), dict(cutout_side=4, pad_mode='reflect+constant')], ids=['auto', 'cutout'])
+@pytest.mark.parametrize(
+    'changes',
+    [dict(auto_augment=True), dict(cutout_side=4, pad_mode='reflect+constant')],
+    ids=['auto', 'cutout'])
 def test_strong_views_replayed(changes, monkeypatch):
     "The views of the CIFAR recipes, AutoAugment in the form it has on a GPU"
     from ltbook.data import views
+
     monkeypatch.setattr(views, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
     cuda, changes = TapeCuda(), dict(batch_size=32, monkeypatch=monkeypatch, **changes)
-    a, b = trained('difficulty_net', 'stage1', False, **changes), trained('difficulty_net', 'stage1', True, cuda=cuda, **changes)
+    a, b = (
+        trained('difficulty_net', 'stage1', False, **changes),
+        trained('difficulty_net', 'stage1', True, cuda=cuda, **changes))
     assert max(g.replays for g in cuda.graphs) > 3
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -176,8 +208,13 @@ def test_same_in_bf16_with_nesterov():
     same(*(trained('mislas', 'stage1', c, epochs=1, precision='bf16', **changes) for c in (False, True)))
 
 
-@pytest.mark.parametrize('momentum, nesterov, decay', [(0., False, 0.), (.9, False, 2e-4), (.9, True, 5e-4), (0., False, .1), (.5, True, 0.)])
-@pytest.mark.parametrize('reference', [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=lambda r: next(iter(r)) + str(next(iter(r.values()))))
+@pytest.mark.parametrize(
+    'momentum, nesterov, decay',
+    [(0.0, False, 0.0), (0.9, False, 2e-4), (0.9, True, 5e-4), (0.0, False, 0.1), (0.5, True, 0.0)])
+@pytest.mark.parametrize(
+    'reference',
+    [dict(foreach=False), dict(foreach=True), dict(fused=True)],
+    ids=lambda r: next(iter(r)) + str(next(iter(r.values()))))
 def test_update_is_that_of_pytorch(momentum, nesterov, decay, reference):
     "Every form of torch.optim.SGD, two groups, channels-last weights, a parameter without gradient"
     results = []
@@ -185,16 +222,23 @@ def test_update_is_that_of_pytorch(momentum, nesterov, decay, reference):
         g = torch.Generator().manual_seed(0)
         params = [nn.Parameter(torch.randn(s, generator=g)) for s in ((7, 5), (33,), (4, 3, 2, 2), (3,))]
         params[2].data = params[2].data.contiguous(memory_format=torch.channels_last)
-        groups = [dict(params=params[:1], lr_factor=.2), dict(params=params[1:], lr_factor=1.)]
-        optimizer = torch.optim.SGD(groups, lr=0., momentum=momentum, nesterov=nesterov, weight_decay=decay, **reference)
+        groups = [dict(params=params[:1], lr_factor=0.2), dict(params=params[1:], lr_factor=1.0)]
+        optimizer = torch.optim.SGD(
+            groups, lr=0.0, momentum=momentum, nesterov=nesterov, weight_decay=decay, **reference)
         sgd = TensorSGD(optimizer) if ours else None
         for k in range(5):
-            for p in params[:3]: p.grad = torch.randn(p.shape, generator=g).contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
-            for q in optimizer.param_groups: q['lr'] = .3/(1 + k//2)*q['lr_factor']
-            if ours: sgd.set_lr(.3/(1 + k//2))
+            for p in params[:3]:
+                p.grad = torch.randn(p.shape, generator=g).contiguous(
+                    memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
+            for q in optimizer.param_groups:
+                q['lr'] = 0.3 / (1 + k // 2) * q['lr_factor']
+            if ours:
+                sgd.set_lr(0.3 / (1 + k // 2))
             (sgd or optimizer).step()
-        results.append([*params, *(optimizer.state[p].get('momentum_buffer') if momentum else None for p in params[:3])])
-    for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        results.append(
+            [*params, *(optimizer.state[p].get('momentum_buffer') if momentum else None for p in params[:3])])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_momentum_goes_on():
@@ -221,7 +265,9 @@ def test_arithmetic_asks_nothing(method, name, monkeypatch):
 def test_losses_of_samples_ask_nothing(loss, monkeypatch):
     "Under learned weights, the look ahead with them, and under weights from accuracies"
     changes = dict(loss=loss, head='cosine' if loss == 'ldam' else 'linear')
-    for method, more in (('difficulty_net', dict(target='absolute', relative_input=False)), ('reweighting', dict(weights='cdb', tau='dynamic'))):
+    for method, more in (
+        ('difficulty_net', dict(target='absolute', relative_input=False)),
+        ('reweighting', dict(weights='cdb', tau='dynamic'))):
         nothing_asked(stage_of(method, **changes, **more), monkeypatch)
 
 
@@ -233,9 +279,12 @@ def nothing_asked(stage, monkeypatch):
     step(load(stage, stage.sampler.epoch()[:16], np.random.default_rng(0)), .1)
     before, [plan] = values(stage, step.sgd.optimizer), step.loaded.values()
     def asked(*a, **k): raise AssertionError('the device was asked for a value')
-    for k in ('item', 'cpu', 'tolist', 'numpy', 'nonzero', '__bool__', '__float__', '__int__', '__index__'): monkeypatch.setattr(torch.Tensor, k, asked)
+    for k in ('item', 'cpu', 'tolist', 'numpy', 'nonzero', '__bool__', '__float__', '__int__', '__index__'):
+        monkeypatch.setattr(torch.Tensor, k, asked)
     as_tensor = torch.as_tensor
-    monkeypatch.setattr(torch, 'as_tensor', lambda v, *a, **k: as_tensor(v, *a, **k) if isinstance(v, torch.Tensor) else asked())       # would be brought from the processor
+    # would be brought from the processor
+    monkeypatch.setattr(
+        torch, 'as_tensor', lambda v, *a, **k: as_tensor(v, *a, **k) if isinstance(v, torch.Tensor) else asked())
     monkeypatch.setattr(torch, 'from_numpy', asked)
     questions = host_questions(lambda: step.arithmetic(plan))
     monkeypatch.undo()
@@ -273,7 +322,8 @@ def test_arithmetic_reads_only_the_buffers():
     for k, v in plans[1].items(): buffers[k].copy_(v)
     step.arithmetic(buffers)
     by_hand = step.loss.item()
-    assert step(plans[1], 0.).item() == pytest.approx(by_hand, abs=1e-6) and by_hand != first       # rate 0: the weights stay
+    # rate 0: the weights stay
+    assert step(plans[1], 0.).item() == pytest.approx(by_hand, abs=1e-6) and by_hand != first
     assert torch.equal(values(stage, step.sgd.optimizer)[:100], weights)
     assert addresses() == before
 
@@ -284,13 +334,19 @@ def test_who_fits():
     assert can_capture(replace(stage, state=dict(best=KeepBest(stage.network, lambda: 0.))))
     own = replace(stage, before_step=lambda b, lr: b)
     assert can_capture(replace(own, recordable=True)) and can_capture(stage_of('difficulty_net'))
-    not_these = [own, replace(own, draw=dict), replace(stage, state=dict(count=object())),
-                 replace(stage, view=lambda i, rng: {}), replace(stage, view=PlainView.__call__), replace(own, recordable=True, view=lambda i, rng: {})]
+    not_these = [
+        own,
+        replace(own, draw=dict),
+        replace(stage, state=dict(count=object())),
+        replace(stage, view=lambda i, rng: {}),
+        replace(stage, view=PlainView.__call__),
+        replace(own, recordable=True, view=lambda i, rng: {})]
     assert not any(map(can_capture, not_these))
     for s in not_these:
         assert captured_step(s, None, Compute(capture=True)) is None
         with pytest.raises(UserError, match='cannot be captured'): CapturedStep(s, None, Compute())
-    with pytest.raises(UserError, match='dampening'): TensorSGD(torch.optim.SGD(stage.network.parameters(), lr=.1, momentum=.9, dampening=.1))
+    with pytest.raises(UserError, match='dampening'):
+        TensorSGD(torch.optim.SGD(stage.network.parameters(), lr=0.1, momentum=0.9, dampening=0.1))
 
 
 def test_fit_falls_back():
@@ -298,7 +354,8 @@ def test_fit_falls_back():
     results = []
     for capture in (False, True):
         stage = stage_of('cross_entropy', n=64, batch_size=32, epochs=1)
-        stage.before_step = lambda batch, lr: batch | dict(x=batch['x']*float(batch['x'].mean() > 0))        # asks, so nobody called it recordable
+        # asks, so nobody called it recordable
+        stage.before_step = lambda batch, lr: batch | dict(x=batch['x']*float(batch['x'].mean() > 0))
         assert captured_step(stage, stage.optimizer(), Compute(capture=capture)) is None
         rows, _ = fit(stage, Compute(capture=capture))
         results.append(rows[0]['loss'])
@@ -319,7 +376,8 @@ def test_killed_and_resumed_while_captured(tmp_path):
         again = make()
         more, _ = fit(again, Compute(capture=True), folder)
         assert [r['loss'] for r in more] == pytest.approx([r['loss'] for r in rows], abs=1e-6)
-        for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values()): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_bad_loss_is_noticed():
@@ -340,7 +398,11 @@ class FakeCuda:
     def stream(self, s): self.streams.append(f'on {s.name}'); yield; self.streams.append(f'off {s.name}')
 
     @contextmanager
-    def graph(self, graph, pool=None, stream=None): self.tape = graph; self.pools.append((pool, stream.name, gc.isenabled())); yield; self.tape = None
+    def graph(self, graph, pool=None, stream=None):
+        self.tape = graph
+        self.pools.append((pool, stream.name, gc.isenabled()))
+        yield
+        self.tape = None
     def launch(self, f): self.tape.calls.append(f) if self.tape else f()
 
 
@@ -362,8 +424,10 @@ def test_every_call_is_one_step(warm_up):
     for n in range(1, 7):
         step()
         assert len(done) == n
-    assert len(python) == warm_up + 1 and cuda.pools == [('shared', 'side', False)] and gc.isenabled()                # Python runs no more once it is recorded
-    assert cuda.streams == ['side waits for main', 'on side', 'off side', 'main waits for side']*warm_up + ['synchronize']
+    # Python runs no more once it is recorded
+    assert len(python) == warm_up + 1 and cuda.pools == [('shared', 'side', False)] and gc.isenabled()
+    assert cuda.streams == ['side waits for main', 'on side', 'off side', 'main waits for side'] * warm_up + [
+        'synchronize']
 
 
 def test_a_failed_recording_is_not_replayed():

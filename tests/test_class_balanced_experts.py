@@ -1,4 +1,5 @@
-"Class-Balanced Experts: parts, splits, fusion, calibration, logit files, and whole runs, against loops and in spite of bad input"
+("Class-Balanced Experts: parts, splits, fusion, calibration, logit files, "
+ "and whole runs, against loops and in spite of bad input")
 import dataclasses
 import itertools
 import warnings
@@ -11,13 +12,14 @@ import torch
 import ltbook.methods.method as method_module
 from ltbook.data.checks import UserError
 from ltbook.data.images import load_images
-from ltbook.data.parts import class_splits, expert_part, expert_positions, held_out_counts, hold_out, open_count, reserve
+from ltbook.data.parts import (
+    class_splits, expert_part, expert_positions, held_out_counts, hold_out, open_count, reserve)
 from ltbook.data.profile import long_tail
 from ltbook.methods.class_balanced_experts import train_only
 from ltbook.models.fusion import JointCalibration, fuse, reject_shift
 from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
-from ltbook.runs.fusion import Logits, export_logits, fuse_logits, read_logits, run_members, write_logits
+from ltbook.studies.fusion import Logits, export_logits, fuse_logits, read_logits, run_members, write_logits
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.run import run
 
@@ -45,7 +47,10 @@ def test_parts_are_disjoint_and_of_the_right_size(C, imbalance):
     assert sorted([*kept, *held]) == list(range(len(usual)))
     assert (np.bincount(y[usual.indices][held], minlength=C) == held_out_counts(usual.counts)).all()
     tail, aside = reserve(y, imbalance)
-    assert not set(tail.indices) & set(aside) and set(tail.indices) <= set(usual.indices) and np.bincount(y[aside]).tolist() == [20]*C
+    assert (
+        not set(tail.indices) & set(aside)
+        and set(tail.indices) <= set(usual.indices)
+        and np.bincount(y[aside]).tolist() == [20] * C)
     if (C, imbalance) == (100, 100): assert (len(kept), len(held), len(tail), len(aside)) == (10022, 825, 10827, 2000)
 
 
@@ -55,8 +60,10 @@ def test_splits_against_a_loop():
         n = rng.choice([5, 19, 20, 21, 50, 99, 100, 101, 300], 30)
         for inclusive in (True, False):
             want = {'many': [], 'medium': [], 'few': []}
-            for c, k in enumerate(n): want['many' if k > 100 or (inclusive and k == 100) else 'few' if k < 20 else 'medium'].append(c)
-            if all(want.values()): assert {k: v.tolist() for k, v in class_splits(n, many_inclusive=inclusive).items()} == want
+            for c, k in enumerate(n):
+                want['many' if k > 100 or (inclusive and k == 100) else 'few' if k < 20 else 'medium'].append(c)
+            if all(want.values()):
+                assert {k: v.tolist() for k, v in class_splits(n, many_inclusive=inclusive).items()} == want
         parts = list(class_splits(n, 'quantile', n_experts=4).values())
         assert [len(p) for p in parts] == [8, 8, 7, 7] and sorted(np.concatenate(parts)) == list(range(30))
         assert all(n[a].min() >= n[b].max() for a, b in itertools.pairwise(parts))
@@ -70,7 +77,9 @@ def test_open_images_follow_the_pool():
     assert drawn[2] == 0 and np.allclose(drawn/drawn.sum(), np.array([600, 300, 0, 40])/940, atol=.02)
     digits = load_images('digits').train
     part = expert_part(digits, np.array([3, 8]), 4)
-    assert part.counts[:2].tolist() == digits.counts[[3, 8]].tolist() and part.counts[2] == digits.counts[[3, 8]].sum()//4
+    assert (
+        part.counts[:2].tolist() == digits.counts[[3, 8]].tolist()
+        and part.counts[2] == digits.counts[[3, 8]].sum() // 4)
     threes = part.images[part.labels == 0]
     assert torch.equal(threes, digits.images[digits.labels == 3])
 
@@ -124,16 +133,24 @@ def test_an_expert_that_rejects_contributes_nothing():
 def three():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(30) % 5
-    return [Logits(f'e{i}', torch.randn(30, len(c) + 1, generator=g), y, np.isin(np.arange(5), c)) for i, c in enumerate(WHO)]
+    return [
+        Logits(f'e{i}', torch.randn(30, len(c) + 1, generator=g), y, np.isin(np.arange(5), c))
+        for i, c in enumerate(WHO)]
 
 
 def test_files_round_trip_and_a_member_from_elsewhere(three, tmp_path):
     files = [write_logits(tmp_path/f'{m.name}.h5', m) for m in three]
     with h5py.File(tmp_path/'theirs.h5', 'w') as f:          # float64, 0/1 mask, int32 labels, no name
-        f['logits'], f['labels'], f['class_mask'] = np.random.default_rng(0).normal(size=(30, 5)), (np.arange(30) % 5).astype('i4'), np.ones(5, 'u1')
+        f['logits'], f['labels'], f['class_mask'] = (
+            np.random.default_rng(0).normal(size=(30, 5)),
+            (np.arange(30) % 5).astype('i4'),
+            np.ones(5, 'u1'))
     members = [*map(read_logits, files), read_logits(tmp_path/'theirs.h5')]
     fused = fuse_logits(members, members, epochs=3)
-    assert fused.log_p.shape == (30, 5) and torch.allclose(fused.log_p.exp().sum(1), torch.ones(30)) and members[-1].name == 'theirs'
+    assert (
+        fused.log_p.shape == (30, 5)
+        and torch.allclose(fused.log_p.exp().sum(1), torch.ones(30))
+        and members[-1].name == 'theirs')
     assert torch.allclose(fuse_logits(three).log_p, fuse([m.logits for m in three], WHO))
 
 
@@ -144,22 +161,36 @@ def damage(path, **arrays):
             if v is not None: f[k] = v
 
 
-@pytest.mark.parametrize('arrays,word', [
-    (dict(logits=np.full((30, 3), np.nan)), 'NaN'), (dict(logits=np.zeros((30, 4))), 'shape'), (dict(logits=np.zeros((29, 3))), '29 rows'), (dict(labels=None), 'has no labels'),
-    (dict(labels=np.full(30, 7)), 'reach'), (dict(class_mask=np.zeros(5, bool)), 'no class'),
-    (dict(class_mask=np.array([1, 1, 1, 0, 0], bool)), 'shape')])
+@pytest.mark.parametrize(
+    'arrays,word',
+    [
+        (dict(logits=np.full((30, 3), np.nan)), 'NaN'),
+        (dict(logits=np.zeros((30, 4))), 'shape'),
+        (dict(logits=np.zeros((29, 3))), '29 rows'),
+        (dict(labels=None), 'has no labels'),
+        (dict(labels=np.full(30, 7)), 'reach'),
+        (dict(class_mask=np.zeros(5, bool)), 'no class'),
+        (dict(class_mask=np.array([1, 1, 1, 0, 0], bool)), 'shape')])
 def test_damaged_files_say_what_is_wrong(three, tmp_path, arrays, word):
     path = write_logits(tmp_path/'e.h5', three[0])
     damage(path, **arrays)
-    with pytest.raises(UserError, match=word): read_logits(path)
+    with pytest.raises(UserError, match=word):
+        read_logits(path)
 
 
 def test_members_that_do_not_belong_together(three):
     other = dataclasses.replace(three[2], labels=three[2].labels.roll(1))
     wide = Logits('wide', torch.randn(30, 6), three[0].labels, np.ones(6, bool))
     mute = dataclasses.replace(three[0], logits=three[0].logits + torch.tensor([0., 0, 99]))
-    for members, word in (([mute, *three[1:]], 'rejects all'), (three[:2], 'expert is missing'), ([*three, three[1]], 'More than one'), ([*three[:2], other], 'other labels'), ([*three, wide], '6 classes'), ([], 'nothing')):
-        with pytest.raises(UserError, match=word): fuse_logits(members)
+    for members, word in (
+        ([mute, *three[1:]], 'rejects all'),
+        (three[:2], 'expert is missing'),
+        ([*three, three[1]], 'More than one'),
+        ([*three[:2], other], 'other labels'),
+        ([*three, wide], '6 classes'),
+        ([], 'nothing')):
+        with pytest.raises(UserError, match=word):
+            fuse_logits(members)
     with pytest.raises(UserError, match='other members'): fuse_logits(three, three[:2])
 
 
@@ -183,21 +214,31 @@ def same(a, b):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory): return {p: run(recipe('class_balanced_experts', protocol=p, **TINY), tmp_path_factory.mktemp(p)) for p in 'HV'}
+def whole(tmp_path_factory):
+    return {
+        p: run(recipe('class_balanced_experts', protocol=p, **TINY), tmp_path_factory.mktemp(p)) for p in 'HV'}
 
 
-@pytest.mark.parametrize('protocol,stage,epoch', [('H', 'expert2', 0), ('H', 'calibrated', 1), ('V', 'expert1', 0), ('V', 'expert3', 1)])
+@pytest.mark.parametrize(
+    'protocol,stage,epoch',
+    [('H', 'expert2', 0), ('H', 'calibrated', 1), ('V', 'expert1', 0), ('V', 'expert3', 1)])
 def test_killed_and_resumed_is_the_same(whole, tmp_path, protocol, stage, epoch):
     r = recipe('class_balanced_experts', protocol=protocol, **TINY)
-    with pytest.raises(Killed): run(r, tmp_path, report=killer(stage, epoch))
+    with pytest.raises(Killed):
+        run(r, tmp_path, report=killer(stage, epoch))
     assert same(run(r, tmp_path), whole[protocol])
 
 
 def test_run_says_its_protocol(whole):
     h, v = (load_run(whole[p]) for p in 'HV')
-    assert [(r.metrics['protocol']['validation'], r.metrics['protocol']['selection']) for r in (h, v)] == [('H', 'last'), ('V', 'best_on_val')]
-    assert h.stages == ['generalist', 'fused_raw', 'fused', 'calibrated'] and h.metrics['final']['stage'] == 'calibrated'
-    assert h.predictions['train_counts'].tolist() == long_tail(load_images('digits').train.labels, 20).counts.tolist()       # of the long tail before images were held out
+    assert [(r.metrics['protocol']['validation'], r.metrics['protocol']['selection']) for r in (h, v)] == [
+        ('H', 'last'),
+        ('V', 'best_on_val')]
+    assert (
+        h.stages == ['generalist', 'fused_raw', 'fused', 'calibrated']
+        and h.metrics['final']['stage'] == 'calibrated')
+    # of the long tail before images were held out
+    assert h.predictions['train_counts'].tolist() == long_tail(load_images('digits').train.labels, 20).counts.tolist()
     assert Recipe(**h.recipe.model_dump()) == h.recipe
     assert 'val_score' in v.history and 'val_score' not in h.history
 
@@ -207,22 +248,41 @@ def test_test_labels_choose_nothing(whole, tmp_path, monkeypatch):
     data = load_images('digits')
     other = dataclasses.replace(data, test=dataclasses.replace(data.test, labels=data.test.labels.roll(7)))
     monkeypatch.setattr(method_module, 'load_images', lambda *a: other)
-    a, b = (load_run(p).predictions for p in (run(recipe('class_balanced_experts', protocol='V', **TINY), tmp_path), whole['V']))
+    a, b = (
+        load_run(p).predictions
+        for p in (run(recipe('class_balanced_experts', protocol='V', **TINY), tmp_path), whole['V']))
     assert not np.array_equal(a['labels'], b['labels']) and all(np.array_equal(a[k], b[k]) for k in a if k != 'labels')
 
 
 def test_two_experts_and_the_generalist(tmp_path):
-    r = load_run(run(recipe('class_balanced_experts', splits=[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]], extended=True, **TINY), tmp_path))
-    assert r.metrics['final']['stage'] == 'extended' and not (r.path/'expert3.safetensors').exists() and len(run_members(r)) == 2
+    r = load_run(
+        run(
+            recipe('class_balanced_experts', splits=[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]], extended=True, **TINY),
+            tmp_path))
+    assert (
+        r.metrics['final']['stage'] == 'extended'
+        and not (r.path/'expert3.safetensors').exists()
+        and len(run_members(r)) == 2)
     files = export_logits(r, tmp_path/'logits')
-    assert sorted(p.name for p in files) == [f'{p}-{n}.h5' for p in ('test', 'val') for n in ('expert1', 'expert2', 'generalist')]
+    assert sorted(p.name for p in files) == [
+        f'{p}-{n}.h5' for p in ('test', 'val') for n in ('expert1', 'expert2', 'generalist')]
 
 
-@pytest.mark.parametrize('changes,word', [
-    (dict(splits='thresholds', low=1), 'quantile'), (dict(ratios=(4, 2, 500)), 'at most'), (dict(learnable=(-1, 6, 1)), 'learnable'), (dict(splits=[[0, 1], [2]]), 'exactly once'),
-    (dict(imbalance=120.), 'hold one out'), (dict(protocol='X'), 'protocol')])
+@pytest.mark.parametrize(
+    'changes,word',
+    [
+        (dict(splits='thresholds', low=1), 'quantile'),
+        (dict(ratios=(4, 2, 500)), 'at most'),
+        (dict(learnable=(-1, 6, 1)), 'learnable'),
+        (dict(splits=[[0, 1], [2]]), 'exactly once'),
+        (dict(imbalance=120.0), 'hold one out'),
+        (dict(protocol='X'), 'protocol')])
 def test_mistakes_show_before_training(tmp_path, changes, word):
-    with pytest.raises(UserError, match=word): run(recipe('class_balanced_experts', **TINY | changes), tmp_path, report=lambda row: pytest.fail('trained'))
+    with pytest.raises(UserError, match=word):
+        run(
+            recipe('class_balanced_experts', **TINY | changes),
+            tmp_path,
+            report=lambda row: pytest.fail('trained'))
 
 
 def test_depths_freeze_what_they_say():
@@ -240,4 +300,7 @@ def test_all_is_the_class_weighted_mean_of_the_groups(sizes, expected):
     groups = dict(zip(('many', 'medium', 'few'), np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])))
     shots = shot_accuracy(per_class, groups)
     assert [shots[g] for g in groups] == pytest.approx([.50, .30, .15])
-    assert 100*sum(len(ids)*shots[g] for g, ids in groups.items())/sum(sizes) == pytest.approx(expected, abs=1e-4) == pytest.approx(100*per_class.mean(), abs=1e-4)
+    assert (
+        100 * sum(len(ids) * shots[g] for g, ids in groups.items()) / sum(sizes)
+        == pytest.approx(expected, abs=1e-4)
+        == pytest.approx(100 * per_class.mean(), abs=1e-4))

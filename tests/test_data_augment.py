@@ -23,16 +23,27 @@ def by_torchvision(image, pad, mode, top, left, flip, size):
     image = TF.crop(image, top, left, *size)
     return TF.hflip(image) if flip else image
 
-@given(side=st.integers(3, 12), more=st.integers(0, 3), channels=st.sampled_from([1, 3]), pad=st.integers(0, 2), mode=st.sampled_from(['constant', 'reflect', 'reflect+constant']),
-       b=st.integers(1, 9), seed=st.integers(0, 1000))
+@given(
+    side=st.integers(3, 12),
+    more=st.integers(0, 3),
+    channels=st.sampled_from([1, 3]),
+    pad=st.integers(0, 2),
+    mode=st.sampled_from(['constant', 'reflect', 'reflect+constant']),
+    b=st.integers(1, 9),
+    seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=80)
 def test_crop_and_flip_pixel_for_pixel(side, more, channels, pad, mode, b, seed):
     r, data = np.random.default_rng(seed), some(7, side, channels, seed, more)
     padded = pad_images(data.images, pad, mode)
     room = padded.shape[1] - side
-    index, top, left, flip = r.integers(7, size=b), r.integers(room + 1, size=b), r.integers(room + 1, size=b), r.random(b) < .5
+    index, top, left, flip = (
+        r.integers(7, size=b),
+        r.integers(room + 1, size=b),
+        r.integers(room + 1, size=b),
+        r.random(b) < 0.5)
     got = crop_flip(padded, *map(torch.from_numpy, (index, top, left, flip)), (side, side + more))
-    for g, i, t, l, f in zip(got, index, top, left, flip): assert torch.equal(g, by_torchvision(data.images[i], pad, mode, int(t), int(l), f, (side, side + more)))
+    for g, i, t, l, f in zip(got, index, top, left, flip):
+        assert torch.equal(g, by_torchvision(data.images[i], pad, mode, int(t), int(l), f, (side, side + more)))
     assert got.dtype == torch.uint8 and got.permute(0, 2, 3, 1).is_contiguous()
 
 @pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
@@ -42,7 +53,10 @@ def test_normalize_as_torchvision(channels, memory):
     before = x.clone()
     want = torch.stack([TF.normalize(i.float() / 255, MEAN[:channels], STD[:channels]) for i in x])
     got = normalize(x, MEAN[:channels], STD[:channels])
-    assert torch.allclose(got, want, atol=2e-6) and got.is_contiguous(memory_format=torch.channels_last) and torch.equal(x, before)
+    assert (
+        torch.allclose(got, want, atol=2e-6)
+        and got.is_contiguous(memory_format=torch.channels_last)
+        and torch.equal(x, before))
     assert torch.equal(got, normalize(x, torch.tensor(MEAN[:channels]), torch.tensor(STD[:channels])))
 
 def test_normalize_does_not_write_into_float_images():
@@ -56,7 +70,11 @@ def test_mixup_by_hand(lam, seed):
     g = torch.Generator().manual_seed(seed)
     x, y, p = torch.randn(6, 3, 4, 4, generator=g, dtype=torch.float64), torch.arange(6), torch.randperm(6, generator=g)
     mixed, own, other = mixup(x, y, lam, p)
-    for i in range(6): assert torch.allclose(mixed[i], lam * x[i] + (1 - lam) * x[p[i]], atol=1e-12) and own[i] == i and other[i] == p[i]
+    for i in range(6):
+        assert (
+            torch.allclose(mixed[i], lam * x[i] + (1 - lam) * x[p[i]], atol=1e-12)
+            and own[i] == i
+            and other[i] == p[i])
 
 @given(side=st.integers(1, 9), seed=st.integers(0, 100))
 @settings(deadline=None, max_examples=40)
@@ -84,7 +102,11 @@ def test_view_is_its_plan_carried_out_by_hand():
         rows.append(TF.normalize(im.float() / 255, MEAN, STD))
     x = torch.stack(rows)
     assert torch.allclose(batch['x'], lam * x + (1 - lam) * x[plan[5]], atol=5e-6)
-    assert planned['index'].tolist() == index.tolist() and sorted(plan[5].tolist()) == list(range(6)) and batch['lam'] == lam and batch['lam'].ndim == 0
+    assert (
+        planned['index'].tolist() == index.tolist()
+        and sorted(plan[5].tolist()) == list(range(6))
+        and batch['lam'] == lam
+        and batch['lam'].ndim == 0)
     assert torch.equal(batch['y'], data.labels[index]) and torch.equal(batch['y_mix'], data.labels[index][plan[5]])
     assert batch['x'].is_contiguous(memory_format=torch.channels_last) and batch['x'].dtype == torch.float32
 
@@ -97,10 +119,12 @@ def test_offsets_flips_corners_and_lambda_have_the_right_distribution():
     both = np.bincount(plan[0] * 9 + plan[1], minlength=81)
     assert len(both) == 81 and chi2(both) < 150  # 80 degrees of freedom: mean 80, sd 12.6
     assert abs(plan[2].mean() - .5) < .0125 and set(plan[2]) == {0, 1}  # 5 sd
-    for row in plan[3:5]: assert (row.min(), row.max()) == (-8, 15) and chi2(np.bincount(row + 8)) < 60  # 23 degrees of freedom
+    # 23 degrees of freedom
+    for row in plan[3:5]: assert (row.min(), row.max()) == (-8, 15) and chi2(np.bincount(row + 8)) < 60
     r = np.random.default_rng(0)
     lams = np.array([TrainView(some(), Augmentation(mixup_alpha=1.)).plan(np.arange(2), r)['lam'] for _ in range(800)])
-    assert abs(lams.mean() - .5) < .05 and (lams < .5).mean() > .4 and abs(lams.std() - 12 ** -.5) < .03  # Beta(1, 1), not folded
+    # Beta(1, 1), not folded
+    assert abs(lams.mean() - .5) < .05 and (lams < .5).mean() > .4 and abs(lams.std() - 12 ** -.5) < .03
 
 def test_far_wandering_crops_of_double_padding():
     view = TrainView(some(), Augmentation(4, True, pad_mode='reflect+constant'))
@@ -111,7 +135,10 @@ def test_far_wandering_crops_of_double_padding():
 def test_options_that_are_off_draw_nothing():
     view = TrainView(some())
     plan = view.plan(np.arange(5), np.random.default_rng(0))
-    assert plan['rows'].sum() == 0 and plan['lam'] == 1 and view(np.arange(5), np.random.default_rng(0)).keys() == {'x', 'y'}
+    assert (
+        plan['rows'].sum() == 0
+        and plan['lam'] == 1
+        and view(np.arange(5), np.random.default_rng(0)).keys() == {'x', 'y'})
 
 def test_chance_comes_only_from_the_given_generator():
     view, index = TrainView(some(), Augmentation(4, True, mixup_alpha=1., cutout_side=8, jitter=.3)), np.arange(20)
@@ -140,7 +167,9 @@ def test_jitter_as_torchvision(channels):
     "One after the other, with the factors of the plan"
     data, index = some(12, 9, channels), np.arange(12)
     view = TrainView(data, Augmentation(jitter=.6))
-    factors, got = view.plan(index, np.random.default_rng(2))['rows'][6:9] / 1000, view(index, np.random.default_rng(2))['x']
+    factors, got = (
+        view.plan(index, np.random.default_rng(2))['rows'][6:9] / 1000,
+        view(index, np.random.default_rng(2))['x'])
     assert .4 <= factors.min() < .6 and 1.4 < factors.max() <= 1.6 and abs(factors.mean() - 1) < .2
     for x, image, (b, c, s) in zip(got, nchw(data), factors.T.tolist()):
         want = TF.adjust_contrast(TF.adjust_brightness(image.float() / 255, b), c)
@@ -153,7 +182,8 @@ def test_wide_images_with_everything():
     data, index = some(9, 12, more=7), np.arange(9)
     view = TrainView(data, Augmentation(3, True, 'reflect+constant', 15., .2, cutout_side=12, mixup_alpha=1.))
     assert view(index, np.random.default_rng(0))['x'].shape == (9, 3, 12, 19)
-    corners = TrainView(data, Augmentation(cutout_side=6)).plan(np.zeros(4000, int), np.random.default_rng(0))['rows'][3:5]
+    corners = TrainView(data, Augmentation(cutout_side=6)).plan(np.zeros(4000, int), np.random.default_rng(0))[
+        'rows'][3:5]
     assert corners.min() == -3 and corners.max(1).values.tolist() == [5, 12]
     view.side = 6
     assert view(index, np.random.default_rng(0))['x'].shape == (9, 3, 6, 9)
@@ -163,9 +193,20 @@ def test_positions_outside_are_an_error():
     for v in (TrainView(some(), Augmentation(4, True)), PlainView(some())):
         with pytest.raises(IndexError): v(np.array([20]), np.random.default_rng(0))
 
-@pytest.mark.parametrize('kw', [dict(pad=-1), dict(pad=32, pad_mode='reflect'), dict(pad_mode='zeros'), dict(mixup_alpha=-.1), dict(cutout_side=33), dict(cutout_side=-1), dict(jitter=1.5), dict(rotation=181.)])
+@pytest.mark.parametrize(
+    'kw',
+    [
+        dict(pad=-1),
+        dict(pad=32, pad_mode='reflect'),
+        dict(pad_mode='zeros'),
+        dict(mixup_alpha=-0.1),
+        dict(cutout_side=33),
+        dict(cutout_side=-1),
+        dict(jitter=1.5),
+        dict(rotation=181.0)])
 def test_impossible_views_are_refused(kw):
-    with pytest.raises(UserError): TrainView(some(), Augmentation(**{'pad': 4, 'flip': True, **kw}))
+    with pytest.raises(UserError):
+        TrainView(some(), Augmentation(**{'pad': 4, 'flip': True, **kw}))
 
 def test_one_core_makes_25000_cifar_images_a_second():
     if not (data_root()/'cifar100.h5').is_file(): pytest.skip('cifar100.h5 is not in the data folder (LTBOOK_DATA)')

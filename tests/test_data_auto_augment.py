@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torchvision.transforms import AutoAugment as TorchvisionAugment, AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 from ltbook.data.augment import crop_flip, pad_images, rotate
-from ltbook.data.auto_augment import POLICY, AutoAugment, affine_row, autocontrast_table, blend, equalize_table, magnitudes, points, warp
+from ltbook.data.auto_augment import (
+    POLICY, AutoAugment, affine_row, autocontrast_table, blend, equalize_table, magnitudes, points, warp)
 from ltbook.data.checks import UserError
 from ltbook.data.stores import ImageSet
 from ltbook.data.views import Augmentation, TrainView
@@ -14,13 +15,29 @@ from ltbook.data.views import Augmentation, TrainView
 def pictures(side=32, channels=3, seed=0):
     "Noise, narrow noise, a ramp, few values, one value, black and white."
     r = np.random.default_rng(seed)
-    noise, ramp = r.integers(0, 256, (3, side, side, channels)), np.linspace(0, 255, side)[:, None, None] + np.zeros((side, side, channels))
-    kinds = [*noise, noise[0]//9 + 100, ramp*[1, .5, .2][:channels], noise[1]//100*70, np.full_like(ramp, 77), np.zeros_like(ramp), np.full_like(ramp, 255), noise[2]//250*255]
+    noise, ramp = (
+        r.integers(0, 256, (3, side, side, channels)),
+        np.linspace(0, 255, side)[:, None, None] + np.zeros((side, side, channels)))
+    kinds = [
+        *noise,
+        noise[0] // 9 + 100,
+        ramp * [1, 0.5, 0.2][:channels],
+        noise[1] // 100 * 70,
+        np.full_like(ramp, 77),
+        np.zeros_like(ramp),
+        np.full_like(ramp, 255),
+        noise[2] // 250 * 255]
     return torch.from_numpy(np.stack(kinds).astype(np.uint8)).permute(0, 3, 1, 2)
 
 def one(image, name, m): return _apply_op(image, name, m, InterpolationMode.NEAREST, None)
-def to_pil(image): return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
-def by_pil(image, name, m): return torch.from_numpy(np.array(one(to_pil(image), name, m))).view(*image.shape[1:], len(image)).permute(2, 0, 1)
+def to_pil(image):
+    return Image.fromarray(
+        image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+def by_pil(image, name, m):
+    return (
+        torch.from_numpy(np.array(one(to_pil(image), name, m)))
+        .view(*image.shape[1:], len(image))
+        .permute(2, 0, 1))
 SHAPES = [(32, 3), (32, 1), (8, 1), (9, 3), (40, 3)]
 
 @pytest.mark.parametrize('side,channels', SHAPES)
@@ -30,21 +47,31 @@ def test_every_move_is_torchvisions_to_the_bit_and_pils_to_a_level(side, channel
         steps = torch.zeros(2, len(x), dtype=torch.int64); steps[k % 2] = k
         got = auto(x, steps)
         assert torch.equal(got, torch.stack([one(im, name, m) for im in x])), (name, m)
-        if side % 2 == 0: assert (got.int() - torch.stack([by_pil(im, name, m) for im in x]).int()).abs().max() <= 1, (name, m)
+        if side % 2 == 0:
+            assert (got.int() - torch.stack([by_pil(im, name, m) for im in x]).int()).abs().max() <= 1, (
+                name,
+                m)
 
-@given(degrees=st.floats(-180, 180), shear=st.floats(-.3, .3), dx=st.integers(-40, 40), dy=st.integers(-40, 40), side=st.integers(3, 40))
+@given(
+    degrees=st.floats(-180, 180),
+    shear=st.floats(-0.3, 0.3),
+    dx=st.integers(-40, 40),
+    dy=st.integers(-40, 40),
+    side=st.integers(3, 40))
 @settings(deadline=None, max_examples=60)
 def test_geometry_with_any_magnitude(degrees, shear, dx, dy, side):
     x = pictures(side)[:1]
     for name, m in [('Rotate', degrees), ('ShearY', shear), ('TranslateX', dx), ('TranslateY', dy)]:
         got, want = warp(x, torch.tensor([affine_row(name, m, side)]))[0], one(x[0], name, m)
         differ = (got != want).float().mean()
-        assert differ == 0 if 'Translate' in name else differ <= .05, (name, m, float(differ))  # ties between two pixels
+        # ties between two pixels
+        assert differ == 0 if 'Translate' in name else differ <= 0.05, (name, m, float(differ))
 
 @given(seed=st.integers(0, 10_000), side=st.integers(3, 40), few=st.integers(1, 256), low=st.integers(0, 255))
 @settings(deadline=None, max_examples=60)
 def test_histogram_operations_on_any_image(seed, side, few, low):
-    x = torch.from_numpy(np.random.default_rng(seed).integers(low, min(low + few, 256), (3, 1, side, side), dtype=np.uint8))
+    x = torch.from_numpy(
+        np.random.default_rng(seed).integers(low, min(low + few, 256), (3, 1, side, side), dtype=np.uint8))
     table = torch.zeros(3, 256, dtype=torch.uint8)
     assert torch.equal(points(x, table, torch.tensor([1, 1, 1])), torch.stack([TF.autocontrast(i) for i in x]))
     assert torch.equal(points(x, table, torch.tensor([2, 2, 2])), torch.stack([TF.equalize(i) for i in x]))
@@ -85,7 +112,8 @@ def test_a_batch_is_its_images_one_by_one_in_any_memory_and_order():
     assert torch.equal(got, torch.cat([auto(x[i:i + 1], steps[:, i:i + 1]) for i in range(40)]))
     back = torch.arange(39, -1, -1)
     assert torch.equal(auto(x[back], steps[:, back]), got[back])
-    for memory in (torch.contiguous_format, torch.channels_last): assert torch.equal(auto(x.contiguous(memory_format=memory), steps), got)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(auto(x.contiguous(memory_format=memory), steps), got)
     assert torch.equal(x, before) and got.dtype == torch.uint8 and got.is_contiguous(memory_format=torch.channels_last)
     assert auto(x[:0], steps[:, :0]).shape == (0, 3, 32, 32)
 
@@ -138,14 +166,21 @@ def some(n=40):
     images = pictures().repeat(n//10, 1, 1, 1).permute(0, 2, 3, 1)
     return ImageSet(images, torch.arange(n) % 5, tuple('abcde'), mean=MEAN, std=STD)
 
-@pytest.mark.parametrize('options', [{}, dict(cutout_side=16, pad_mode='reflect+constant'), dict(mixup_alpha=.5), dict(rotation=15., cutout_side=8)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(cutout_side=16, pad_mode='reflect+constant'),
+        dict(mixup_alpha=0.5),
+        dict(rotation=15.0, cutout_side=8)])
 def test_the_view_draws_the_rest_as_without_and_stays_as_it_was(options):
     plain, auto = (TrainView(some(), Augmentation(4, True, auto_augment=a, **options)) for a in (False, True))
     index, r, s = np.arange(40), np.random.default_rng(1), np.random.default_rng(1)
     first, second = plain.plan(index, r), auto.plan(index, s)
     a, b = first['rows'], second['rows']
     assert torch.equal(a, b[:-2]) and torch.equal(first['lam'], second['lam']) and len(b) == len(a) + 2
-    assert np.array_equal(auto.auto.draw(40, r), b[-2:].numpy()) and r.bit_generator.state == s.bit_generator.state  # and nothing else was drawn
+    # and nothing else was drawn
+    assert (np.array_equal(auto.auto.draw(40, r), b[-2:].numpy()) and r.bit_generator.state == s.bit_generator.state)
 
 def test_the_view_augments_after_the_crop_and_before_the_cutout():
     wanted = Augmentation(4, True, cutout_side=16, pad_mode='reflect+constant', rotation=15., auto_augment=True)
@@ -169,5 +204,8 @@ def test_all_images_or_those_concerned(channels):
     x = torch.from_numpy(rng.integers(0, 256, (600, channels, 12, 12), dtype=np.uint8))
     dense, sparse = (AutoAugment(12, channels, dense=d) for d in (True, False))
     steps = torch.from_numpy(dense.draw(600, rng))
-    assert len(set(steps.flatten().tolist())) > 30 and torch.equal(dense(x, steps), sparse(x, steps)) and not torch.equal(dense(x, steps), x)
+    assert (
+        len(set(steps.flatten().tolist())) > 30
+        and torch.equal(dense(x, steps), sparse(x, steps))
+        and not torch.equal(dense(x, steps), x))
     assert not AutoAugment(12, channels).dense

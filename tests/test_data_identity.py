@@ -14,12 +14,12 @@ from ltbook.data.images import load_images
 from ltbook.data.stores import ImageSet, write_h5
 from ltbook.cli.main import app
 from ltbook.runs.evaluate import evaluate, logits_from_weights
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
-from ltbook.runs.fusion import check_alike, logits_on, read_logits, run_members, share_generalist, write_logits
+from ltbook.studies.fusion import check_alike, logits_on, read_logits, run_members, share_generalist, write_logits
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run
-from ltbook.runs.shift import shift
+from ltbook.studies.shift import shift
 
 SMALL = dict(imbalance=4, profile='smoke', batch_size=8)
 
@@ -34,7 +34,8 @@ def store(root, pixels=0, labels=0, classes='abc', name='mine', std=(.25, .25, .
     return root
 
 
-def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+def content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 @pytest.fixture(scope='module')
@@ -80,8 +81,24 @@ def test_same_words(made, other):
     _, a, out, runs = made
     r = runs['mixup']
     refused(lambda: run(r.recipe, out, other), out)
-    p = CliRunner().invoke(app, ['run', 'mixup', 'mine', '--imbalance', '4', '--profile', 'smoke', '--set', 'batch_size=8', '--bare',
-                                 '--out', str(out), '--data-root', str(other)], env=dict(COLUMNS='400'))
+    p = CliRunner().invoke(
+        app,
+        [
+            'run',
+            'mixup',
+            'mine',
+            '--imbalance',
+            '4',
+            '--profile',
+            'smoke',
+            '--set',
+            'batch_size=8',
+            '--bare',
+            '--out',
+            str(out),
+            '--data-root',
+            str(other)],
+        env=dict(COLUMNS='400'))
     assert p.exit_code == 2 and 'other data' in p.output and 'Traceback' not in p.output
     assert run(r.recipe, out, a) == r.path
 
@@ -100,8 +117,20 @@ def test_import_with_force(tmp_path):
                 pixels = np.random.default_rng([seed, i, ord(c[0])]).integers(0, 256, (12, 12, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path/folder/c/f'{i}.png')
         return tmp_path/folder
-    def call(*words): return CliRunner().invoke(app, [*map(str, words), '--data-root', str(tmp_path/'data')], env=dict(COLUMNS='400'))
-    words = ('run', 'balanced_softmax', 'mine', '--profile', 'smoke', '--set', 'batch_size=4', '--bare', '--out', tmp_path/'out')
+    def call(*words):
+        return CliRunner().invoke(
+            app, [*map(str, words), '--data-root', str(tmp_path/'data')], env=dict(COLUMNS='400'))
+    words = (
+        'run',
+        'balanced_softmax',
+        'mine',
+        '--profile',
+        'smoke',
+        '--set',
+        'batch_size=4',
+        '--bare',
+        '--out',
+        tmp_path/'out')
     assert call('import', pictures('one', 0), 'mine', '--size', 12).exit_code == 0
     assert call(*words).exit_code == 0
     before = content(tmp_path/'out')
@@ -189,11 +218,22 @@ def test_copies_are_told(tmp_path):
     rows = np.arange(6, dtype=np.uint8).repeat(32).reshape(6, 32)
     assert find_copies(rows[:4], np.arange(4), rows[3:], np.arange(3, 6))['test_in_train'] == 1
     x = torch.arange(4, dtype=torch.uint8).repeat_interleave(3*16).view(4, 4, 4, 3)
-    write_h5(tmp_path/'twice.h5', ImageSet(x, torch.tensor([0, 0, 1, 1]), ('a', 'b')), ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
-    out = CliRunner().invoke(app, ['doctor', 'data', 'twice', '--data-root', str(tmp_path)], env=dict(COLUMNS='200')).output
+    write_h5(
+        tmp_path/'twice.h5',
+        ImageSet(x, torch.tensor([0, 0, 1, 1]), ('a', 'b')),
+        ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
+    out = (
+        CliRunner()
+        .invoke(app, ['doctor', 'data', 'twice', '--data-root', str(tmp_path)], env=dict(COLUMNS='200'))
+        .output)
     assert '2 of the test images equal a train image' in out and '1 of the images come with more than one label' in out
-    write_h5(tmp_path/'once.h5', ImageSet(x[:2], torch.tensor([0, 1]), ('a', 'b')), ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
-    assert 'No image is there twice' in CliRunner().invoke(app, ['doctor', 'data', 'once', '--data-root', str(tmp_path)]).output
+    write_h5(
+        tmp_path/'once.h5',
+        ImageSet(x[:2], torch.tensor([0, 1]), ('a', 'b')),
+        ImageSet(x[2:], torch.tensor([0, 1]), ('a', 'b')))
+    assert (
+        'No image is there twice'
+        in CliRunner().invoke(app, ['doctor', 'data', 'once', '--data-root', str(tmp_path)]).output)
 
 
 def test_hashes_beside_the_file(tmp_path):
@@ -211,14 +251,31 @@ def test_hashes_beside_the_file(tmp_path):
 
 def test_a_sweep_looks_at_the_data(made, other, tmp_path):
     "Rows that are finished count only on their own data"
-    words = ['sweep', 'balanced_softmax', 'fast', 'mine', '--imbalance', '4', '--profile', 'smoke', '--only', '1', '--bare', '--out', str(tmp_path/'out'),
-             *(w for c in ('epochs=1', 'max_steps=2', 'batch_size=8', 'first_side=4', 'precision=fp32') for w in ('--set', c))]
+    words = [
+        'sweep',
+        'balanced_softmax',
+        'fast',
+        'mine',
+        '--imbalance',
+        '4',
+        '--profile',
+        'smoke',
+        '--only',
+        '1',
+        '--bare',
+        '--out',
+        str(tmp_path/'out'),
+        *(
+            w
+            for c in ('epochs=1', 'max_steps=2', 'batch_size=8', 'first_side=4', 'precision=fp32')
+            for w in ('--set', c))]
     p = CliRunner().invoke(app, [*words, '--data-root', str(made[1])], env=dict(COLUMNS='400'))
     assert p.exit_code == 0, p.output
     before = content(tmp_path/'out')
     p = CliRunner().invoke(app, [*words, '--data-root', str(other)], env=dict(COLUMNS='400'))
     assert p.exit_code == 2 and 'other data' in p.output and content(tmp_path/'out') == before
-    p = CliRunner().invoke(app, ['eval', str(made[3]['mixup'].path), '--data-root', str(other)], env=dict(COLUMNS='400'))
+    p = CliRunner().invoke(
+        app, ['eval', str(made[3]['mixup'].path), '--data-root', str(other)], env=dict(COLUMNS='400'))
     assert p.exit_code == 2 and 'other data' in p.output
 
 
@@ -228,4 +285,5 @@ def test_disks_that_refuse(tmp_path, monkeypatch):
     x = ImageSet(torch.zeros(2, 4, 4, 1, dtype=torch.uint8), torch.tensor([0, 1]), ('a', 'b'))
     (tmp_path/'file').write_text('')
     with pytest.raises(UserError, match='Cannot write'): write_h5(tmp_path/'file'/'x.h5', x, x)
-    with pytest.raises(UserError, match='Cannot write'): write_features(tmp_path/'file'/'x.h5', [(torch.zeros(2, 3), torch.tensor([0, 1]))])
+    with pytest.raises(UserError, match='Cannot write'):
+        write_features(tmp_path/'file' / 'x.h5', [(torch.zeros(2, 3), torch.tensor([0, 1]))])

@@ -5,7 +5,13 @@ from hypothesis import given, settings, strategies as st
 from ltbook.data.checks import UserError
 from ltbook.data.profile import SHOT_RULES, LongTail, long_tail, long_tail_counts, shot_groups
 
-TABLE = {(5000, 10, 100): 12406, (5000, 10, 50): 13996, (5000, 10, 10): 20431, (500, 100, 100): 10847, (500, 100, 50): 12608, (500, 100, 10): 19573}
+TABLE = {
+    (5000, 10, 100): 12406,
+    (5000, 10, 50): 13996,
+    (5000, 10, 10): 20431,
+    (500, 100, 100): 10847,
+    (500, 100, 50): 12608,
+    (500, 100, 10): 19573}
 
 @pytest.mark.parametrize('setting', TABLE, ids=str)
 def test_counts_truncate_the_float64_power(setting):
@@ -14,12 +20,23 @@ def test_counts_truncate_the_float64_power(setting):
     got = long_tail_counts(n_max, K, imbalance)
     assert got.tolist() == want and got.sum() == TABLE[setting] and got.dtype == np.int64
 
-@given(n_max=st.integers(1, 3000), K=st.integers(2, 60), imbalance=st.floats(1, 1000), kind=st.sampled_from(['exp', 'step']))
+@given(
+    n_max=st.integers(1, 3000),
+    K=st.integers(2, 60),
+    imbalance=st.floats(1, 1000),
+    kind=st.sampled_from(['exp', 'step']))
 @settings(deadline=None, max_examples=150)
 def test_counts_fall_from_n_max_and_are_never_empty(n_max, K, imbalance, kind):
-    try: c = long_tail_counts(n_max, K, imbalance, kind)
-    except UserError as e: assert int(n_max * (1 / imbalance)) < 1 and 'without images' in str(e)
-    else: assert len(c) == K and c[0] == n_max and (np.diff(c) <= 0).all() and c[-1] == int(n_max * (1 / imbalance)) >= 1
+    try:
+        c = long_tail_counts(n_max, K, imbalance, kind)
+    except UserError as e:
+        assert int(n_max * (1 / imbalance)) < 1 and 'without images' in str(e)
+    else:
+        assert (
+            len(c) == K
+            and c[0] == n_max
+            and (np.diff(c) <= 0).all()
+            and c[-1] == int(n_max * (1 / imbalance)) >= 1)
 
 @pytest.mark.parametrize('imbalance', [0.01, 0.999, 0, -5, float('inf'), float('nan')])
 def test_imbalance_below_one_or_endless_is_refused(imbalance):
@@ -64,38 +81,63 @@ def test_manifest_is_json_and_the_fingerprint_sees_every_position():
     labels = np.repeat(np.arange(5), 40)
     lt = long_tail(labels, 10)
     d = json.loads(json.dumps(lt.to_dict()))
-    assert d['sha256'] == lt.sha256 and len(d['sha256']) == 64 and d['counts'] == lt.counts.tolist() and 'indices' not in d
+    assert (
+        d['sha256'] == lt.sha256
+        and len(d['sha256']) == 64
+        and d['counts'] == lt.counts.tolist()
+        and 'indices' not in d)
     assert lt.sha256 == hashlib.sha256(b''.join(int(i).to_bytes(8, 'little') for i in lt.indices)).hexdigest()
     other = lt.indices.copy(); other[-1] += 1
     assert LongTail(other, lt.counts, 10., 'exp', 0).sha256 != lt.sha256
-    assert LongTail(lt.indices.astype('>i8'), lt.counts, 10., 'exp', 0).sha256 == lt.sha256  # bytes are little-endian on every machine
+    # bytes are little-endian on every machine
+    assert LongTail(lt.indices.astype('>i8'), lt.counts, 10., 'exp', 0).sha256 == lt.sha256
     assert long_tail(labels, 10, data_seed=1).sha256 != lt.sha256
 
 def test_no_imbalance_keeps_everything_in_order():
     lt = long_tail([1, 0, 1, 1])
-    assert lt.indices.tolist() == [0, 1, 2, 3] and lt.counts.tolist() == [1, 3] and lt.imbalance is None and lt.kind == 'all'
+    assert (
+        lt.indices.tolist() == [0, 1, 2, 3]
+        and lt.counts.tolist() == [1, 3]
+        and lt.imbalance is None
+        and lt.kind == 'all')
 
 def test_labels_that_cannot_serve_are_refused():
     with pytest.raises(UserError, match='Class 1 has no images'): long_tail([0, 2, 2], 1)
     with pytest.raises(UserError, match='lower n_max'): long_tail(np.repeat([0, 1], 5), 1, n_max=6)
     with pytest.raises(UserError, match='without images'): long_tail(np.repeat([0, 1], 5), 50)
 
-@given(counts=st.lists(st.integers(1, 300), min_size=3, max_size=40), rule=st.sampled_from(['100/20', 'oltr', 'thirds']), seed=st.integers(0, 99))
+@given(
+    counts=st.lists(st.integers(1, 300), min_size=3, max_size=40),
+    rule=st.sampled_from(['100/20', 'oltr', 'thirds']),
+    seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=150)
 def test_groups_partition_and_follow_the_classes(counts, rule, seed):
     counts = np.array(counts)
     g = shot_groups(counts, rule)
-    assert list(g) == ['many', 'medium', 'few'] and sorted(np.concatenate(list(g.values()))) == list(range(len(counts)))
-    def lows(a, b): return not len(g[a]) or not len(g[b]) or counts[g[a]].min() >= counts[g[b]].max()
+    assert list(g) == ['many', 'medium', 'few'] and sorted(np.concatenate(list(g.values()))) == list(
+        range(len(counts)))
+
+    def lows(a, b):
+        return not len(g[a]) or not len(g[b]) or counts[g[a]].min() >= counts[g[b]].max()
+
     assert lows('many', 'medium') and lows('medium', 'few')
     perm = np.random.default_rng(seed).permutation(len(counts))
-    if len(set(counts.tolist())) == len(counts) or rule != 'thirds':  # without ties renaming classes renames the groups
+    if (
+        len(set(counts.tolist())) == len(counts) or rule != 'thirds'
+    ):  # without ties renaming classes renames the groups
         moved = shot_groups(counts[perm], rule)
         assert all(sorted(perm[moved[k]]) == g[k].tolist() for k in g)
 
-@pytest.mark.parametrize('rule,sizes', [('100/20', [(35, 35, 30), (41, 41, 18), (69, 31, 0)]), ('mislas', [(36, 35, 29)] * 3), ('thirds', [(34, 33, 33)] * 3)])
+@pytest.mark.parametrize(
+    'rule,sizes',
+    [
+        ('100/20', [(35, 35, 30), (41, 41, 18), (69, 31, 0)]),
+        ('mislas', [(36, 35, 29)] * 3),
+        ('thirds', [(34, 33, 33)] * 3)])
 def test_group_sizes_on_cifar100(rule, sizes):
-    assert [tuple(map(len, shot_groups(long_tail_counts(500, 100, i), rule).values())) for i in (100, 50, 10)] == sizes
+    assert [
+        tuple(map(len, shot_groups(long_tail_counts(500, 100, i), rule).values())) for i in (100, 50, 10)
+    ] == sizes
 
 def test_borders_and_unknown_rules():
     assert [len(v) for v in shot_groups([101, 100, 20, 19]).values()] == [1, 2, 1]

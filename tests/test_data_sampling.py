@@ -4,11 +4,13 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from ltbook.data.checks import UserError
 from ltbook.data.profile import long_tail_counts
-from ltbook.data.sampling import (SAMPLERS, ClassAwareSampler, ClassProbability, InstanceBalanced, ProgressivelyBalanced, class_uniform, power_law,
-                                  reversed_frequency, square_root)
+from ltbook.data.sampling import (
+    SAMPLERS, ClassAwareSampler, ClassProbability, InstanceBalanced, ProgressivelyBalanced, class_uniform,
+    power_law, reversed_frequency, square_root)
 
 TAIL = np.repeat(np.arange(10), long_tail_counts(60, 10, 12))
-def make(name, labels, seed=0): return SAMPLERS[name](labels, seed=seed, **({'epochs': 5} if name == 'progressive' else {}))
+def make(name, labels, seed=0):
+    return SAMPLERS[name](labels, seed=seed, **({'epochs': 5} if name == 'progressive' else {}))
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_state_through_json_continues_exactly(name):
@@ -47,21 +49,32 @@ def cycle(items, shuffle):
         shuffle(items)
         yield from items
 
-@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=6), repeat=st.integers(1, 5), draws=st.lists(st.integers(1, 40), min_size=1, max_size=4))
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    repeat=st.integers(1, 5),
+    draws=st.lists(st.integers(1, 40), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=100)
 def test_class_aware_cycles(counts, repeat, draws):
-    "Split the stream into turns; each class stream must be rounds of all its images, the class stream rounds of all classes"
+    ("Split the stream into turns; each class stream must be rounds of all "
+     "its images, the class stream rounds of all classes")
     labels = np.repeat(np.arange(len(counts)), counts)
-    s, images, turns = ClassAwareSampler(labels, seed=sum(counts), repeat=repeat), {k: [] for k in range(len(counts))}, []
+    s, images, turns = (
+        ClassAwareSampler(labels, seed=sum(counts), repeat=repeat),
+        {k: [] for k in range(len(counts))},
+        [])
     for n in draws:
         s.n_draws = n
         e = s.epoch()
         assert len(e) == n
         for i in range(0, n, repeat):
-            run = e[i:i + repeat]
+            run = e[i : i + repeat]
             assert len(set(labels[run])) == 1
-            turns.append(labels[run[0]]); images[turns[-1]] += run.tolist()
-    def rounds(stream, n): return all(len(set(stream[i:i + n])) == len(stream[i:i + n]) for i in range(0, len(stream), n))
+            turns.append(labels[run[0]])
+            images[turns[-1]] += run.tolist()
+
+    def rounds(stream, n):
+        return all(len(set(stream[i : i + n])) == len(stream[i : i + n]) for i in range(0, len(stream), n))
+
     assert rounds(turns, len(counts)) and all(rounds(v, counts[k]) for k, v in images.items())
 
 def test_class_aware_uses_the_same_rule_as_plain_generators():
@@ -112,8 +125,19 @@ def test_states_of_others_are_refused():
     for other in (InstanceBalanced(TAIL), ProgressivelyBalanced(TAIL, 3), ClassAwareSampler([0, 1])):
         with pytest.raises(UserError, match='belongs to'): s.load_state_dict(other.state_dict())
 
-@pytest.mark.parametrize('bad', [lambda: InstanceBalanced([0, 2]), lambda: InstanceBalanced([]), lambda: InstanceBalanced([0, -1]), lambda: ClassAwareSampler([1]),
-                                 lambda: ClassAwareSampler([0], n_draws=0), lambda: ClassAwareSampler([0], repeat=0), lambda: ClassProbability([0, 1], [1, np.inf]),
-                                 lambda: ClassProbability([0, 1], [[1, 1]]), lambda: ProgressivelyBalanced([0, 1], 0), lambda: square_root([0, 3])])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        lambda: InstanceBalanced([0, 2]),
+        lambda: InstanceBalanced([]),
+        lambda: InstanceBalanced([0, -1]),
+        lambda: ClassAwareSampler([1]),
+        lambda: ClassAwareSampler([0], n_draws=0),
+        lambda: ClassAwareSampler([0], repeat=0),
+        lambda: ClassProbability([0, 1], [1, np.inf]),
+        lambda: ClassProbability([0, 1], [[1, 1]]),
+        lambda: ProgressivelyBalanced([0, 1], 0),
+        lambda: square_root([0, 3])])
 def test_impossible_samplers_are_refused(bad):
-    with pytest.raises(UserError): bad()
+    with pytest.raises(UserError):
+        bad()

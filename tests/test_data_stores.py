@@ -18,14 +18,21 @@ def good(tmp_path): return write_h5(tmp_path/'good.h5', some(), some(6, seed=1))
 @pytest.mark.parametrize('channels', [1, 3])
 def test_round_trip(tmp_path, channels):
     a, b = some(channels=channels), some(6, channels=channels, seed=1)
-    train, test, attrs = read_h5(write_h5(tmp_path/'deep'/'er'/'x.h5', a, b, mean=[.1] * channels, flip=True, pad=2, source='äöü'))
+    train, test, attrs = read_h5(
+        write_h5(tmp_path/'deep' / 'er' / 'x.h5', a, b, mean=[0.1] * channels, flip=True, pad=2, source='äöü'))
     for got, want in ((train, a), (test, b)):
-        assert torch.equal(got.images, want.images) and torch.equal(got.labels, want.labels) and got.classes == want.classes
+        assert (
+            torch.equal(got.images, want.images)
+            and torch.equal(got.labels, want.labels)
+            and got.classes == want.classes)
     assert attrs == dict(mean=[.1] * channels, flip=True, pad=2, source='äöü')
 
 def test_writes_the_plain_layout(good):
     with h5py.File(good) as f:
-        assert f['train/images'].shape == (12, 6, 6, 3) and f['train/images'].dtype == np.uint8 and f['train/labels'].dtype == np.int64
+        assert (
+            f['train/images'].shape == (12, 6, 6, 3)
+            and f['train/images'].dtype == np.uint8
+            and f['train/labels'].dtype == np.int64)
         assert list(f.attrs['classes']) == ['class 0', 'class 1', 'class 2']
         assert np.array_equal(f['train/images'][3], some().images[3].numpy())
 
@@ -61,7 +68,9 @@ FAULTS = {
     'no part': (put('test', None), 'no test/images'),
     'no images': (put('train/images', None), 'no train/images'),
     'no labels': (put('test/labels', None), 'no test/labels'),
-    'group for a data set': (lambda f: (f.__delitem__('train/images'), f.create_group('train/images')), 'no train/images'),
+    'group for a data set': (
+        lambda f: (f.__delitem__('train/images'), f.create_group('train/images')),
+        'no train/images'),
     'float images': (put('train/images', np.zeros((12, 6, 6, 3), np.float32)), 'train/images must be uint8'),
     'int32 labels': (put('train/labels', np.zeros(12, np.int32)), 'train/labels must be int64'),
     'grey without axis': (put('train/images', np.zeros((12, 6, 6), np.uint8)), 'with 4 axes'),
@@ -73,7 +82,11 @@ FAULTS = {
     'label negative': (put('train/labels', np.arange(12) % 3 - 1), '0..2'),
     'class without images': (put('train/labels', np.arange(12) % 2), "'class 2' has no training images"),
     'other side in test': (put('test/images', np.zeros((6, 8, 8, 3), np.uint8)), 'differ'),
-    'empty': (lambda f: (put('test/images', np.zeros((0, 6, 6, 3), np.uint8))(f), put('test/labels', np.zeros(0, np.int64))(f)), 'empty')}
+    'empty': (
+        lambda f: (
+            put('test/images', np.zeros((0, 6, 6, 3), np.uint8))(f),
+            put('test/labels', np.zeros(0, np.int64))(f)),
+        'empty')}
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_every_fault_is_a_user_error_that_names_the_file(good, fault):
@@ -97,7 +110,9 @@ def test_reader_beside_a_writer_always_finds_a_whole_file(good):
     t = threading.Thread(target=write); t.start()
     try:
         end = time.time() + 0.5
-        while time.time() < end: h5_bytes = good.read_bytes(); assert len(h5_bytes) > 2000 and h5_bytes[:4] == b'\x89HDF'
+        while time.time() < end:
+            h5_bytes = good.read_bytes()
+            assert len(h5_bytes) > 2000 and h5_bytes[:4] == b'\x89HDF'
     finally: stop.set(); t.join()
 
 def picture(path, value, size=(9, 7)):
@@ -191,8 +206,15 @@ def test_download_is_kept_as_one_file(monkeypatch, tmp_path):
             self.targets, self.classes = list(range(10)) * 2, [f'c{k}' for k in range(10)]
     monkeypatch.setattr(datasets, 'CIFAR10', Fake)
     a, b = load_images('cifar10', tmp_path), load_images('cifar10', tmp_path)
-    assert calls == [True, False] and sorted(p.name for p in tmp_path.iterdir()) == ['.cifar10.h5.rows.npz', 'cifar10.h5']
-    assert (a.train.images == 8).all() and (b.test.images == 7).all() and 'archive' in b.source and b.pad == 4 and b.flip
+    assert calls == [True, False] and sorted(p.name for p in tmp_path.iterdir()) == [
+        '.cifar10.h5.rows.npz',
+        'cifar10.h5']
+    assert (
+        (a.train.images == 8).all()
+        and (b.test.images == 7).all()
+        and 'archive' in b.source
+        and b.pad == 4
+        and b.flip)
 
 def test_file_with_the_wrong_number_of_classes(tmp_path):
     write_h5(tmp_path/'cifar100.h5', some(), some())
@@ -206,4 +228,8 @@ def test_cifar_whole_and_fast(name, K):
     d = load_images(name)
     assert time.perf_counter() - begin < 1
     assert d.train.counts.tolist() == [50000 // K] * K and d.test.counts.tolist() == [10000 // K] * K
-    assert d.mean == (0.4914, 0.4822, 0.4465) and d.std == (0.2023, 0.1994, 0.2010) and d.imbalance == 100 and d.train.shape == (32, 32, 3)
+    assert (
+        d.mean == (0.4914, 0.4822, 0.4465)
+        and d.std == (0.2023, 0.1994, 0.2010)
+        and d.imbalance == 100
+        and d.train.shape == (32, 32, 3))

@@ -1,4 +1,5 @@
-"Difficulty-Net and its relatives: the bilevel step against definitions, a toy on which the modes must differ, exact resume, bad input"
+("Difficulty-Net and its relatives: the bilevel step against definitions, a toy "
+ "on which the modes must differ, exact resume, bad input")
 import copy
 
 import numpy as np
@@ -20,7 +21,8 @@ from ltbook.models.resnet_cifar import ResNet32
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import flat, recipe
 from ltbook.runs.run import make_context, recipe_from, run
-from ltbook.train.bilevel import bilevel_steps, meta_gradient, meta_gradient_reference, no_running_statistics, plain_cross_entropy
+from ltbook.train.bilevel import (
+    bilevel_steps, meta_gradient, meta_gradient_reference, no_running_statistics, plain_cross_entropy)
 
 
 def images(n, classes=10, side=16, seed=0):
@@ -32,7 +34,10 @@ class TestBilevel:
     def test_finite_differences(self):
         "The meta loss after the virtual step really changes as the gradient says; float64, a network with BatchNorm"
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*6*6, 5)).double().train()
+        net = (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+            .double()
+            .train())
         batch, meta = ({k: v.double() if k == 'x' else v for k, v in images(n, 5, 8, n).items()} for n in (12, 10))
         w, lr = torch.rand(5).double() + .5, .3
 
@@ -49,13 +54,16 @@ class TestBilevel:
             e = torch.zeros(5).double(); e[c] = 1e-5
             assert fast[c].item() == pytest.approx((after(w + e) - after(w - e))/2e-5, abs=1e-7)
 
-    @pytest.mark.parametrize('loss', [plain_cross_entropy, lambda z, y: balanced_softmax(z, y, torch.arange(1, 11), reduction='none')], ids=['cross-entropy', 'balanced'])
+    @pytest.mark.parametrize(
+        'loss',
+        [plain_cross_entropy, lambda z, y: balanced_softmax(z, y, torch.arange(1, 11), reduction='none')],
+        ids=['cross-entropy', 'balanced'])
     def test_both_routes(self, loss):
         torch.manual_seed(1)
         net = ResNet32(10).train()
-        w = torch.rand(10) + .5
-        a, m = meta_gradient_reference(net, images(16), images(12, seed=1), w, .2, loss)
-        b, n = meta_gradient(net, images(16), images(12, seed=1), w, .2, loss)
+        w = torch.rand(10) + 0.5
+        a, m = meta_gradient_reference(net, images(16), images(12, seed=1), w, 0.2, loss)
+        b, n = meta_gradient(net, images(16), images(12, seed=1), w, 0.2, loss)
         assert (a - b).abs().max() < 1e-6 < a.abs().max() and abs(m - n) < 1e-6
 
     def test_one_lot_a_batch(self):
@@ -70,7 +78,8 @@ class TestBilevel:
             batch = stage.before_step(stage.view(rng.integers(0, 200, 32), rng) | stage.draw(), .1)
             seen.append(lot.yes.item())
             a, _ = meta_gradient(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
-            b, _ = meta_gradient_reference(c.network, batch, weigher.view(np.arange(20)), torch.ones(10), .1, weigher.loss)
+            b, _ = meta_gradient_reference(
+                c.network, batch, weigher.view(np.arange(20)), torch.ones(10), 0.1, weigher.loss)
             assert lot.yes == seen[-1] and (a - b).abs().max() <= 1e-5*max(1., b.abs().max())
         assert len(set(seen)) == 2
 
@@ -80,7 +89,8 @@ class TestBilevel:
         for f in (meta_gradient, meta_gradient_reference): f(net, images(8), images(8, seed=1), torch.ones(10), .1)
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
         assert all(p.grad is None for p in net.parameters())
-        with no_running_statistics(net): assert not any(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+        with no_running_statistics(net):
+            assert not any(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
         assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
 
     def test_frozen_parameters_take_no_part(self):
@@ -103,7 +113,8 @@ class TestBilevel:
 
 class TestModes:
     def weigher(self, mode, **changes):
-        c = make_context(recipe('difficulty_net', 'digits', profile='smoke', meta_grad=mode, network_lr=1e-2, **changes))
+        c = make_context(
+            recipe('difficulty_net', 'digits', profile='smoke', meta_grad=mode, network_lr=1e-2, **changes))
         stage = get_method('difficulty_net').stages['stage1'](c)
         stage.set_mode(stage.network)
         w = stage.state['weigher']
@@ -118,8 +129,14 @@ class TestModes:
         for _ in range(5):
             batch = stage.view(rng.integers(0, 200, 32), rng)
             w.before_step(batch, .1)
-            pull, _, _, _ = gradients(other.g, other.accuracies, .3, 'relative',
-                                      lambda v: (meta_gradient(other.context.network, batch, other.view(np.arange(30)), v, .1)[0]*0, torch.tensor(0.)))
+            pull, _, _, _ = gradients(
+                other.g,
+                other.accuracies,
+                0.3,
+                'relative',
+                lambda v: (
+                    meta_gradient(other.context.network, batch, other.view(np.arange(30)), v, 0.1)[0] * 0,
+                    torch.tensor(0.0)))
             for p, g in zip(other.g.parameters(), pull): p.grad = g
             other.optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(w.g.parameters(), other.g.parameters()))
@@ -155,10 +172,13 @@ class TestModes:
 
 
 def gaussian_toy(seed, mode, driver_weight, steps=600):
-    "Six Gaussian classes, 300 to 9 training points; returns the mean weights of the last half and the balanced accuracy"
+    ("Six Gaussian classes, 300 to 9 training points; returns the mean "
+     "weights of the last half and the balanced accuracy")
     g = torch.Generator().manual_seed(seed)
     means, counts = torch.randn(6, 8, generator=g), [300, 150, 75, 38, 19, 9]
-    draw = lambda n: (torch.cat([means[k] + torch.randn(m, 8, generator=g) for k, m in enumerate(n)]), torch.arange(6).repeat_interleave(torch.tensor(n)))
+    draw = lambda n: (
+        torch.cat([means[k] + torch.randn(m, 8, generator=g) for k, m in enumerate(n)]),
+        torch.arange(6).repeat_interleave(torch.tensor(n)))
     (x, y), (mx, my), (tx, ty) = draw(counts), draw([25]*6), draw([500]*6)
     torch.manual_seed(seed)
     net, net_g = nn.Linear(8, 6), DifficultyNet(6, 32)
@@ -185,8 +205,11 @@ def gaussian_toy(seed, mode, driver_weight, steps=600):
 
 
 def test_modes_on_a_toy():
-    "Five seeds: looking ahead helps over the driver alone, weighs the rare class up, and the driver pulls to equal weights"
-    results = {name: [gaussian_toy(s, *a) for s in range(5)] for name, a in dict(exact=('exact', .3), driver=('none', .3), free=('exact', 0.)).items()}
+    ("Five seeds: looking ahead helps over the driver alone, weighs the rare "
+     "class up, and the driver pulls to equal weights")
+    results = {
+        name: [gaussian_toy(s, *a) for s in range(5)]
+        for name, a in dict(exact=('exact', 0.3), driver=('none', 0.3), free=('exact', 0.0)).items()}
     weights = {k: torch.stack([w for w, _ in v]).mean(0) for k, v in results.items()}
     accuracy = {k: np.mean([a for _, a in v]) for k, v in results.items()}
     spread = {k: (w.max() - w.min()).item() for k, w in weights.items()}
@@ -196,30 +219,49 @@ def test_modes_on_a_toy():
 
 
 class TestRuns:
-    @pytest.mark.parametrize('method, changes', [('difficulty_net', {}), ('difficulty_net', dict(meta_grad='none', relative_input=False)),
-                                                 ('reweighting', dict(weights='cdb', tau='dynamic')), ('reweighting', dict(loss='equalization', select='val'))],
-                             ids=['exact', 'none, one at a time', 'cdb', 'equalization, best on val'])
+    @pytest.mark.parametrize(
+        'method, changes',
+        [
+            ('difficulty_net', {}),
+            ('difficulty_net', dict(meta_grad='none', relative_input=False)),
+            ('reweighting', dict(weights='cdb', tau='dynamic')),
+            ('reweighting', dict(loss='equalization', select='val'))],
+        ids=['exact', 'none, one at a time', 'cdb', 'equalization, best on val'])
     def test_resume(self, tmp_path, method, changes):
         "Killed in stage 1 and taken up again: the same run to the last bit"
         r = recipe(method, 'digits', epochs=4, max_steps=2, stage2_epochs=2, **changes)
         whole = load_run(run(r, tmp_path/'whole'))
+
         def kill(row):
-            if row['epoch'] == 1: raise KeyboardInterrupt
-        with pytest.raises(KeyboardInterrupt): run(r, tmp_path/'parts', report=kill)
+            if row['epoch'] == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(r, tmp_path/'parts', report=kill)
         parts = load_run(run(r, tmp_path/'parts'))
         assert parts.metrics == whole.metrics
-        pd.testing.assert_frame_equal(parts.history.drop(columns=['seconds', 'images_per_second']), whole.history.drop(columns=['seconds', 'images_per_second']))
+        pd.testing.assert_frame_equal(
+            parts.history.drop(columns=['seconds', 'images_per_second']),
+            whole.history.drop(columns=['seconds', 'images_per_second']))
         for name in ('weights', 'accuracies'):
             assert (whole.path/f'stage1-{name}.csv').read_text() == (parts.path/f'stage1-{name}.csv').read_text()
 
     def test_folder(self, tmp_path):
         done = load_run(run(recipe('difficulty_net', 'digits', profile='smoke'), tmp_path))
-        for name in ('weights', 'accuracies', 'difficulties'): assert pd.read_csv(done.path/f'stage1-{name}.csv').shape == (2, 10)
+        for name in ('weights', 'accuracies', 'difficulties'):
+            assert pd.read_csv(done.path/f'stage1-{name}.csv').shape == (2, 10)
         first = done.history[done.history.stage == 'stage1']
-        assert {'driver_loss', 'meta_loss', 'driver_gradient', 'meta_gradient', 'gradient_cosine', 'val_top1'} <= set(first)
+        assert {
+            'driver_loss',
+            'meta_loss',
+            'driver_gradient',
+            'meta_gradient',
+            'gradient_cosine',
+            'val_top1'} <= set(first)
         assert done.metrics['protocol']['meta_images'] == 100
         manifest = (done.path/'manifest.json').read_text()
-        assert manifest.count('sha256') == 3 and 'positions_sha256' in manifest      # content, positions, those of the meta set
+        # content, positions, those of the meta set
+        assert manifest.count('sha256') == 3 and 'positions_sha256' in manifest
 
     def test_best_on_val_is_named(self, tmp_path):
         done = load_run(run(recipe('reweighting', 'digits', profile='smoke', select='val', smoothing=False), tmp_path))
@@ -229,7 +271,17 @@ class TestRuns:
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp('start')
-    return load_run(run(recipe('difficulty_net', 'digits', profile='smoke', meta_grad='none', driver_weight=3., loss='balanced_softmax', n_meta=5), folder))
+    return load_run(
+        run(
+            recipe(
+                'difficulty_net',
+                'digits',
+                profile='smoke',
+                meta_grad='none',
+                driver_weight=3.0,
+                loss='balanced_softmax',
+                n_meta=5),
+            folder))
 
 
 class TestTakenOver:
@@ -241,14 +293,17 @@ class TestTakenOver:
         assert second.metrics['stage1']['top1'] == start.metrics['stage1']['top1']
 
     def test_refused(self, start, tmp_path):
-        with pytest.raises(UserError, match=r'What belongs to stage 1 \(meta_grad\)'): recipe_from(start, 'difficulty_net', meta_grad='exact')
-        with pytest.raises(UserError, match='was not trained as reweighting trains its own'): recipe_from(start, 'reweighting')
+        with pytest.raises(UserError, match=r'What belongs to stage 1 \(meta_grad\)'):
+            recipe_from(start, 'difficulty_net', meta_grad='exact')
+        with pytest.raises(UserError, match='was not trained as reweighting trains its own'):
+            recipe_from(start, 'reweighting')
         with pytest.raises(UserError, match='was not trained as crt trains its own'): recipe_from(start, 'crt')
 
 
 class TestBadInput:
     def test_overlap(self):
-        with pytest.raises(UserError, match='overlaps'): MetaTail(np.arange(5), np.array([5]), None, 'all', 0, meta=np.array([4]))
+        with pytest.raises(UserError, match='overlaps'):
+            MetaTail(np.arange(5), np.array([5]), None, 'all', 0, meta=np.array([4]))
 
     def test_class_without_meta_images(self):
         c = make_context(recipe('difficulty_net', 'digits', profile='smoke'))
@@ -260,15 +315,25 @@ class TestBadInput:
     def test_accuracies(self, values):
         with pytest.raises(UserError, match=r'\[0, 1\]'): driver_loss(torch.tensor([.5, .5]), torch.tensor(values))
 
-    @pytest.mark.parametrize('bad, word', [
-        (dict(driver_weight=-.1), 'driver_weight = -0.1'), (dict(meta_grad='half'), "'exact' or 'none'"), (dict(target='rel'), "'relative' or 'absolute'"), (dict(n_meta=0), 'n_meta = 0'),
-        (dict(meta_val_split=10), 'divided after 1 to 9'), (dict(n_meta=200), 'too few to put 200 aside'), (dict(loss='ldam'), 'head=cosine'), (dict(data_seed=7), 'Leave data_seed out')])
+    @pytest.mark.parametrize(
+        'bad, word',
+        [
+            (dict(driver_weight=-0.1), 'driver_weight = -0.1'),
+            (dict(meta_grad='half'), "'exact' or 'none'"),
+            (dict(target='rel'), "'relative' or 'absolute'"),
+            (dict(n_meta=0), 'n_meta = 0'),
+            (dict(meta_val_split=10), 'divided after 1 to 9'),
+            (dict(n_meta=200), 'too few to put 200 aside'),
+            (dict(loss='ldam'), 'head=cosine'),
+            (dict(data_seed=7), 'Leave data_seed out')])
     def test_settings(self, bad, word):
-        with pytest.raises(UserError) as e: make_context(recipe('difficulty_net', 'digits', **bad))
+        with pytest.raises(UserError) as e:
+            make_context(recipe('difficulty_net', 'digits', **bad))
         assert word in str(e.value)
 
     def test_negative_lambda(self):
-        with pytest.raises(UserError, match='at least 0'): gradients(DifficultyNet(3), torch.tensor([.1, .2, .3]), -1., 'relative', None)
+        with pytest.raises(UserError, match='at least 0'):
+            gradients(DifficultyNet(3), torch.tensor([0.1, 0.2, 0.3]), -1.0, 'relative', None)
 
 
 def test_class_aware_stream():

@@ -1,4 +1,5 @@
-"The flow filter and DLSA: against torch.distributions, loops and autograd; whole runs on feature files, stopped and resumed; bad files"
+("The flow filter and DLSA: against torch.distributions, loops and autograd; "
+ "whole runs on feature files, stopped and resumed; bad files")
 import os
 import subprocess
 import sys
@@ -17,14 +18,22 @@ from ltbook.methods.routed_heads import HeadBank, LevelHead, RoutedRows, level_l
 from ltbook.models.flow import MaskedFlow
 from ltbook.models.flow_filter import FlowFilter, component_densities, log_likelihood, read_rows
 from ltbook.models.levels import PairSampler, assign_levels, cluster_prior, cluster_table, keep_threshold
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import recipe_from, run
 
 ROOT = Path(__file__).resolve().parents[1]
 f64 = torch.float64
-TINY = dict(n_clusters=8, flow_batch=64, flow_epochs=3, head_batch=32, head_epochs=3, min_size=3, likelihood_weight=0.3, flow_lr=0.1)
+TINY = dict(
+    n_clusters=8,
+    flow_batch=64,
+    flow_epochs=3,
+    head_batch=32,
+    head_epochs=3,
+    min_size=3,
+    likelihood_weight=0.3,
+    flow_lr=0.1)
 
 
 def shaken(flow, seed=0):
@@ -53,7 +62,8 @@ def root(tmp_path_factory):
     return root
 
 
-def trained(root, out, **changes): return load_run(run(recipe('dlsa', 'blobs', profile='short', **TINY | changes), out, root=root, device='cpu'))
+def trained(root, out, **changes):
+    return load_run(run(recipe('dlsa', 'blobs', profile='short', **TINY | changes), out, root=root, device='cpu'))
 
 
 @pytest.mark.parametrize('d, hidden, blocks', [(2, None, 1), (6, None, 2), (5, 9, 3), (7, 3, 4)])
@@ -87,7 +97,9 @@ def test_mixture_against_torch_distributions():
     x = torch.randn(20, 6, dtype=f64)
     u, log_det = f.latent(x)
     d = torch.distributions
-    mixture = d.MixtureSameFamily(d.Categorical(logits=torch.zeros(7, dtype=f64)), d.Independent(d.Normal(f.centers, torch.ones((), dtype=f64)), 1))
+    mixture = d.MixtureSameFamily(
+        d.Categorical(logits=torch.zeros(7, dtype=f64)),
+        d.Independent(d.Normal(f.centers, torch.ones((), dtype=f64)), 1))
     assert torch.allclose(log_likelihood(f(x)), mixture.log_prob(u) + log_det)
     assert torch.equal(read_rows(f, x)['cluster'], torch.cdist(u, f.centers).argmin(1))
 
@@ -118,17 +130,27 @@ print(step(1024, 500, 2048))
 @pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss counts kilobytes on Linux')
 def test_memory_of_the_mixture():
     "Batch 1024, K = 500, D = 2048, forward and backward: under 200 MB beyond inputs"
-    out = subprocess.run([sys.executable, '-c', MEMORY], env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, '-c', MEMORY],
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True)
     assert float(out.stdout) < 200
 
 
 def test_losses_against_loops():
     g = torch.Generator().manual_seed(0)
-    a, b, w = torch.randn(6, 5, dtype=f64, generator=g), torch.randn(6, 5, dtype=f64, generator=g), torch.rand(6, dtype=f64, generator=g)
+    a, b, w = (
+        torch.randn(6, 5, dtype=f64, generator=g),
+        torch.randn(6, 5, dtype=f64, generator=g),
+        torch.rand(6, dtype=f64, generator=g))
     p, q = a.softmax(1).numpy(), b.softmax(1).numpy()
-    assert likelihood_loss(a, w).item() == pytest.approx(-sum(w[i].item()*np.log(np.exp(a[i].numpy()).mean()) for i in range(6))/6)
+    assert likelihood_loss(a, w).item() == pytest.approx(
+        -sum(w[i].item() * np.log(np.exp(a[i].numpy()).mean()) for i in range(6)) / 6)
     assert purity_loss(a, b).item() == pytest.approx(sum(p[i, k]*np.log(q[i, k]) for i in range(6) for k in range(5))/6)
-    assert purity_loss(a, b, margin=.3).item() == pytest.approx(sum(p[i, k]*np.log(max(q[i, k], .3)) for i in range(6) for k in range(5))/6)
+    assert purity_loss(a, b, margin=0.3).item() == pytest.approx(
+        sum(p[i, k] * np.log(max(q[i, k], 0.3)) for i in range(6) for k in range(5)) / 6)
     loss, e = BalanceLoss(0.7), 0
     for t in (1, 2, 3):
         joint = a*t
@@ -160,7 +182,12 @@ def test_pairs():
     assert inside.min() > 0.6*inside.mean()
 
 
-@pytest.mark.parametrize('n, want', [(10847, [3255, 2278, 1595, 3719]), (115846, [34754, 24328, 17030, 39734]), (437513, [131254, 91878, 64315, 150066])])
+@pytest.mark.parametrize(
+    'n, want',
+    [
+        (10847, [3255, 2278, 1595, 3719]),
+        (115846, [34754, 24328, 17030, 39734]),
+        (437513, [131254, 91878, 64315, 150066])])
 def test_chains_of_levels(n, want):
     "Kept rows of three levels and the rest, as published sizes give them"
     rng = np.random.default_rng(0)
@@ -192,7 +219,10 @@ def test_level_loss_ignores_absent_classes():
 
 def test_bank_decides_row_by_row():
     g = torch.Generator().manual_seed(0)
-    x, prior, level = torch.randn(30, 4, generator=g), torch.rand(30, 3, generator=g), torch.randint(3, (30,), generator=g)
+    x, prior, level = (
+        torch.randn(30, 4, generator=g),
+        torch.rand(30, 3, generator=g),
+        torch.randint(3, (30,), generator=g))
     bank = HeadBank([LevelHead(4, 3, 7), LevelHead(4, 3, 7), LevelHead(4, 3, 4)])
     out = bank.decide(RoutedRows(x, torch.zeros(30, dtype=torch.int64), level, x, prior))
     for i, d in enumerate(level.tolist()):
@@ -202,11 +232,16 @@ def test_bank_decides_row_by_row():
 
 def test_run_on_feature_files(root, tmp_path):
     r = trained(root, tmp_path)
-    assert r.stages == [*CONTROLS, 'dlsa'] and r.metrics['final']['stage'] == 'dlsa' and r.metrics['final']['top1'] > 0.6
+    assert (
+        r.stages == [*CONTROLS, 'dlsa']
+        and r.metrics['final']['stage'] == 'dlsa'
+        and r.metrics['final']['top1'] > 0.6)
     p = r.predictions
-    kept, kept_test = (np.loadtxt(r.path/f'flow1-{k}.csv', delimiter=',', skiprows=1)[-1] for k in ('kept', 'kept_test'))
+    kept, kept_test = (
+        np.loadtxt(r.path/f'flow1-{k}.csv', delimiter=',', skiprows=1)[-1] for k in ('kept', 'kept_test'))
     labels = read_features(root/'blobs'/'feature_train.h5', root/'blobs'/'feature_test.h5')[0].labels.numpy()
-    assert kept.tolist() == np.bincount(labels[p['dlsa/train_level'] == 0], minlength=5).tolist() and kept.sum() == 218 - int(218*0.7)
+    assert kept.tolist() == np.bincount(
+        labels[p['dlsa/train_level'] == 0], minlength=5).tolist() and kept.sum() == 218 - int(218 * 0.7)
     assert kept_test.tolist() == np.bincount(p['labels'][p['dlsa/level'] == 0], minlength=5).tolist()
     again = trained(root, tmp_path/'again')
     assert np.array_equal(again.predictions['logits'], p['logits']), 'the same seed gives the same predictions'
@@ -218,7 +253,8 @@ class Stop(Exception): pass
 
 @pytest.mark.parametrize('at', [('flow1', 1), ('flow2', 0), ('random', 4), ('dlsa', 7)])
 def test_resume_is_exact(root, tmp_path, at):
-    "Stopped within a filter or a classifier, then the same recipe again; depth 2, both kinds of choosing an epoch, rows class by class"
+    ("Stopped within a filter or a classifier, then the same recipe again; depth "
+     "2, both kinds of choosing an epoch, rows class by class")
     changes = dict(depth=2, selection='best_on_test', head_sampler='class_aware', head_epochs=6)
     want = trained(root, tmp_path/'whole', **changes)
     def stop(row):
@@ -231,17 +267,35 @@ def test_resume_is_exact(root, tmp_path, at):
     assert got.metrics['final']['selection'] == got.metrics['protocol']['selection'] == 'best_on_test'
 
 
-@pytest.mark.parametrize('changes', [dict(depth=3), dict(z_source='latent', contrast='hard', rest_prior='subset'), dict(head_type='cosine', head_loss='plain', standardize=True),
-                                     dict(balance_momentum=None, scale_bound=3.0, head_smooth=0.1, controls=False, leave_one_out=False, tail_power=2.0, contrast_margin=None)])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(depth=3),
+        dict(z_source='latent', contrast='hard', rest_prior='subset'),
+        dict(head_type='cosine', head_loss='plain', standardize=True),
+        dict(
+            balance_momentum=None,
+            scale_bound=3.0,
+            head_smooth=0.1,
+            controls=False,
+            leave_one_out=False,
+            tail_power=2.0,
+            contrast_margin=None)])
 def test_switches(root, tmp_path, changes):
     r = trained(root, tmp_path, **changes)
-    assert np.isfinite(r.predictions['logits']).all() and r.stages == (['dlsa'] if not changes.get('controls', True) else [*CONTROLS, 'dlsa'])
+    assert np.isfinite(r.predictions['logits']).all() and r.stages == (
+        ['dlsa'] if not changes.get('controls', True) else [*CONTROLS, 'dlsa'])
     assert set(np.unique(r.predictions['dlsa/level'])) <= set(range(changes.get('depth', 1) + 1))
 
 
 def test_features_of_a_run_and_start_from_it(tmp_path):
     start = load_run(run(recipe('mislas', profile='smoke'), tmp_path, device='cpu'))
-    took = load_run(run(recipe_from(start, 'dlsa', flow_epochs=1, head_epochs=1, standardize=True), tmp_path, start=start, device='cpu'))
+    took = load_run(
+        run(
+            recipe_from(start, 'dlsa', flow_epochs=1, head_epochs=1, standardize=True),
+            tmp_path,
+            start=start,
+            device='cpu'))
     assert took.metrics['stage1']['top1'] == start.metrics['stage1']['top1'] and took.stages[-1] == 'dlsa'
     files = export_features(start, tmp_path/'files', device='cpu')
     train, test = read_features(*files)
@@ -269,13 +323,23 @@ x0, y0 = (t.numpy() for t in features([20, 10, 5]))
 nan = x0.copy(); nan[7, 2] = np.nan
 
 
-@pytest.mark.parametrize('part, arrays, words', [
-    ('train', dict(labels=y0[:-2]), '35 rows of features but 33 labels'), ('test', dict(features=x0[:, :5]), '5 numbers a row, expected 12'),
-    ('test', dict(labels=y0 + 2), 'there are 3 classes'), ('train', dict(labels=y0 - 1), 'start at 0'), ('train', dict(features=nan), 'row 7'), ('test', dict(features=nan), 'row 7'),
-    ('train', dict(features=None), 'features missing'), ('train', dict(features=x0[:0], labels=y0[:0]), 'no rows'), ('train', dict(labels=y0*2), 'class 1 has no rows'),
-    ('train', dict(features=x0[0]), '2 axes'), ('train', dict(labels=y0 + 0.5), 'whole numbers')])
+@pytest.mark.parametrize(
+    'part, arrays, words',
+    [
+        ('train', dict(labels=y0[:-2]), '35 rows of features but 33 labels'),
+        ('test', dict(features=x0[:, :5]), '5 numbers a row, expected 12'),
+        ('test', dict(labels=y0 + 2), 'there are 3 classes'),
+        ('train', dict(labels=y0 - 1), 'start at 0'),
+        ('train', dict(features=nan), 'row 7'),
+        ('test', dict(features=nan), 'row 7'),
+        ('train', dict(features=None), 'features missing'),
+        ('train', dict(features=x0[:0], labels=y0[:0]), 'no rows'),
+        ('train', dict(labels=y0 * 2), 'class 1 has no rows'),
+        ('train', dict(features=x0[0]), '2 axes'),
+        ('train', dict(labels=y0 + 0.5), 'whole numbers')])
 def test_bad_feature_files(tmp_path, part, arrays, words):
-    with pytest.raises(UserError, match=words): read_features(*bad_files(tmp_path/'bad', **{part: arrays}))
+    with pytest.raises(UserError, match=words):
+        read_features(*bad_files(tmp_path/'bad', **{part: arrays}))
 
 
 def test_truncated_file(tmp_path):
@@ -287,12 +351,20 @@ def test_truncated_file(tmp_path):
 def test_levels_that_cannot_be(tmp_path):
     "One class only, and labels whose file names a class without rows"
     x, _ = features([60])
-    for part in ('train', 'test'): write_features(tmp_path/'one'/f'feature_{part}.h5', [(x, torch.zeros(60, dtype=torch.int64))])
-    with pytest.raises(UserError, match='two classes'): run(recipe('dlsa', 'one', profile='short', **TINY), tmp_path, root=tmp_path, device='cpu')
+    for part in ('train', 'test'):
+        write_features(tmp_path/'one' / f'feature_{part}.h5', [(x, torch.zeros(60, dtype=torch.int64))])
+    with pytest.raises(UserError, match='two classes'):
+        run(recipe('dlsa', 'one', profile='short', **TINY), tmp_path, root=tmp_path, device='cpu')
     with pytest.raises(UserError, match='No rows are left'): keep_threshold(torch.tensor([]))
     with pytest.raises(UserError, match='head_weight'):
-        write_features(tmp_path/'two'/'feature_train.h5', [features([60, 30])]), write_features(tmp_path/'two'/'feature_test.h5', [features([9, 9])])
-        run(recipe('dlsa', 'two', profile='short', **TINY | dict(head_start='stage1')), tmp_path, root=tmp_path, device='cpu')
+        (
+            write_features(tmp_path/'two' / 'feature_train.h5', [features([60, 30])]),
+            write_features(tmp_path/'two' / 'feature_test.h5', [features([9, 9])]))
+        run(
+            recipe('dlsa', 'two', profile='short', **TINY | dict(head_start='stage1')),
+            tmp_path,
+            root=tmp_path,
+            device='cpu')
 
 
 def test_levels_without_test_rows():
@@ -300,7 +372,8 @@ def test_levels_without_test_rows():
     x = torch.randn(6, 4)
     bank = HeadBank([LevelHead(4, 3, 7), LevelHead(4, 3, 4)])
     rows = RoutedRows(x, torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64), x, torch.zeros(6, 3))
-    assert bank.decide(rows).shape == (6, 3) and bank.decide(RoutedRows(x[:0], rows.labels[:0], rows.level[:0], x[:0], rows.prior[:0])).shape == (0, 3)
+    assert bank.decide(rows).shape == (6, 3) and bank.decide(
+        RoutedRows(x[:0], rows.labels[:0], rows.level[:0], x[:0], rows.prior[:0])).shape == (0, 3)
 
 
 def test_published_configurations(tmp_path):
@@ -311,7 +384,8 @@ def test_published_configurations(tmp_path):
             continue
         p = published_config(name)
         assert recipe('dlsa', p.dataset, profile='paper', **p.changes).settings.n_clusters == 500
-    with pytest.raises(UserError, match='feature_train.h5'): run(recipe('dlsa', 'imagenet_lt', profile='paper'), tmp_path, root=tmp_path, device='cpu')
+    with pytest.raises(UserError, match='feature_train.h5'):
+        run(recipe('dlsa', 'imagenet_lt', profile='paper'), tmp_path, root=tmp_path, device='cpu')
     with pytest.raises(UserError, match='Did you mean'): published_config('ImgNet_CE_R50_bms')
 
 

@@ -10,20 +10,25 @@ import ltbook.train.loop as loop
 from ltbook.data.auto_augment import AutoAugment
 from ltbook.methods.method import methods
 from ltbook.runs.evaluate import logits_from_weights
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import load_run
-from ltbook.runs.fusion import logits_on
+from ltbook.studies.fusion import logits_on
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.runs.shift import shift
+from ltbook.studies.shift import shift
 from ltbook.train.files import load_state
 
 from elsewhere import DEVICE, Elsewhere, mark, there
 
 STRONG = dict(auto_augment=True, cutout_side=4, pad_mode='reflect+constant')
-CASES = ([(m, {}) for m in methods()] + [('mislas', dict(capture=True, first_side=4, epochs=3, test_every=1, precision='bf16')), ('dirmixe', dict(capture=True)), ('ride', dict(capture=True, epochs=3)),
-         ('difficulty_net', dict(capture=True, loss='equalization', select='val', **STRONG)), ('difficulty_net', dict(meta_grad='none', meta_precision='bf16')),
-         ('reweighting', dict(loss='ldam', head='cosine', weights='cdb')), ('reweighting', dict(loss='logit_adjustment', weights='class_balanced', defer=.5))])
+CASES = [(m, {}) for m in methods()] + [
+    ('mislas', dict(capture=True, first_side=4, epochs=3, test_every=1, precision='bf16')),
+    ('dirmixe', dict(capture=True)),
+    ('ride', dict(capture=True, epochs=3)),
+    ('difficulty_net', dict(capture=True, loss='equalization', select='val', **STRONG)),
+    ('difficulty_net', dict(meta_grad='none', meta_precision='bf16')),
+    ('reweighting', dict(loss='ldam', head='cosine', weights='cdb')),
+    ('reweighting', dict(loss='logit_adjustment', weights='class_balanced', defer=0.5))]
 
 
 
@@ -33,7 +38,8 @@ class Killed(Exception): pass
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr(running, 'find_device', lambda name: DEVICE if name == 'auto' else torch.device(name))
-    for place in (running, loop): monkeypatch.setattr(place, 'load_state', lambda path: mark(load_state(path), False))         # files are read by the processor
+    # files are read by the processor
+    for place in (running, loop): monkeypatch.setattr(place, 'load_state', lambda path: mark(load_state(path), False))
     monkeypatch.setattr(views, 'AutoAugment', lambda *a: AutoAugment(*a, dense=True))
     return Elsewhere()
 
@@ -57,7 +63,9 @@ def test_runs(method, changes, elsewhere, tmp_path):
 def test_what_is_done_with_a_run(elsewhere, tmp_path):
     "Measured from its weights, its features written, asked about other images, its experts adapted"
     with elsewhere:
-        first, experts = load_run(run(recipe('mislas', profile='smoke'), tmp_path)), load_run(run(recipe('sade', profile='smoke'), tmp_path))
+        first, experts = (
+            load_run(run(recipe('mislas', profile='smoke'), tmp_path)),
+            load_run(run(recipe('sade', profile='smoke'), tmp_path)))
         again = logits_from_weights(first)
         np.testing.assert_allclose(again['stage2/logits'], first.predictions['logits'], rtol=1e-5, atol=1e-5)
         assert all(p.exists() for p in export_features(first, tmp_path/'features'))
@@ -72,12 +80,20 @@ def test_mistakes_are_noticed(elsewhere, monkeypatch, tmp_path):
     def labels_to_numpy(self, labels, *a, **k): np.asarray(labels, dtype=np.int64)
     with elsewhere:
         x = torch.ones(3, device=DEVICE)
-        assert there(x) and there(x + 1) and there(torch.zeros_like(x)) and not there(x.cpu()) and x.device == DEVICE and there(x.cpu().to(DEVICE))
-        assert (x[torch.tensor([0, 1])] + torch.tensor(2.)).sum() == 6                  # indices and single numbers may come from the processor
+        assert (
+            there(x)
+            and there(x + 1)
+            and there(torch.zeros_like(x))
+            and not there(x.cpu())
+            and x.device == DEVICE
+            and there(x.cpu().to(DEVICE)))
+        # indices and single numbers may come from the processor
+        assert (x[torch.tensor([0, 1])] + torch.tensor(2.)).sum() == 6
         with pytest.raises(TypeError): x.numpy()
         with pytest.raises(TypeError): np.asarray(x)
         with pytest.raises(RuntimeError, match='two devices'): x[None] + torch.ones(3)
-        with pytest.raises(RuntimeError, match='two devices'): torch.nn.functional.cross_entropy(x[None], torch.tensor([0]))
+        with pytest.raises(RuntimeError, match='two devices'):
+            torch.nn.functional.cross_entropy(x[None], torch.tensor([0]))
         with pytest.raises(RuntimeError, match='two devices'): torch.nn.Linear(3, 2)(x[None])
         assert torch.nn.Linear(3, 2).to(DEVICE)(x[None]).shape == (1, 2)
         monkeypatch.setattr(sampling.Sampler, '__init__', labels_to_numpy)

@@ -1,4 +1,5 @@
-"The profile `fast`: growing images resume and capture exactly, searches never see the test part, older runs keep their names"
+("The profile `fast`: growing images resume and capture exactly, searches "
+ "never see the test part, older runs keep their names")
 import json
 import sys
 import warnings
@@ -13,14 +14,14 @@ import torch
 from ltbook.data.checks import UserError
 from ltbook.methods.fast import fast_rows
 from ltbook.methods.method import get_method, methods
-from ltbook.runs.features import export_features
+from ltbook.studies.features import export_features
 from ltbook.runs.folder import find_runs, load_run, run_id
-from ltbook.runs.fusion import unused_images
+from ltbook.studies.fusion import unused_images
 from ltbook.runs.published import beside_the_paper
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.environment import command
 from ltbook.runs.run import make_context, recipe_from, run
-from ltbook.runs.sweep import choose, is_row, sweep_rows
+from ltbook.studies.sweep import choose, is_row, sweep_rows
 from ltbook.train.captured import captured_step
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch
@@ -66,9 +67,14 @@ def test_a_growing_stage_resumes_exactly(tmp_path, at):
 def test_who_cannot_grow_says_so(monkeypatch):
     "A method whose first stage is built in another way"
     m = get_method('cross_entropy')
-    stiff = replace(m, name='stiff', stages=dict(stage1=lambda c: replace(m.stages['stage1'](c), before_epoch=None)), hidden=True)
+    stiff = replace(
+        m,
+        name='stiff',
+        stages=dict(stage1=lambda c: replace(m.stages['stage1'](c), before_epoch=None)),
+        hidden=True)
     monkeypatch.setitem(sys.modules['ltbook.methods.registry']._methods, 'stiff', stiff)
-    with pytest.raises(UserError, match="stiff can't grow: leave first_side out"): make_context(recipe('stiff', profile='smoke', first_side=4), device='cpu')
+    with pytest.raises(UserError, match="stiff can't grow: leave first_side out"):
+        make_context(recipe('stiff', profile='smoke', first_side=4), device='cpu')
 
 
 def test_the_profile_is_there_where_stages_follow_it():
@@ -80,7 +86,8 @@ def test_the_profile_is_there_where_stages_follow_it():
         assert recipe(name, 'cifar100', 100, 'fast', epochs=7, nesterov=False).epochs == 7
         rows = sweep_rows(name, 'fast', 'cifar100', 100, 'fast')
         assert len({row.folder for row in rows}) == len(rows) == 8 and rows[0].recipe == r
-    with pytest.raises(UserError, match='ride has no profile fast; balanced_softmax, cross_entropy'): recipe('ride', profile='fast')
+    with pytest.raises(UserError, match='ride has no profile fast; balanced_softmax, cross_entropy'):
+        recipe('ride', profile='fast')
 
 
 def test_older_runs_keep_their_names():
@@ -97,18 +104,24 @@ def test_a_search_never_sees_the_test_part(tmp_path):
     test = pixels(counted.parts['test'])
     assert not test & pixels(searched.parts['test']) and not test & pixels(searched.parts['train'])
     assert not pixels(searched.parts['test']) & pixels(searched.parts['train'])
-    assert searched.parts['test'].counts.tolist() == [10]*10 and searched.trained_counts.max() < counted.trained_counts.max()
+    assert (
+        searched.parts['test'].counts.tolist() == [10] * 10
+        and searched.trained_counts.max() < counted.trained_counts.max())
     folder = run(recipe('balanced_softmax', hold_out=10, **words), tmp_path)
     found = load_run(folder)
-    assert found.metrics['protocol']['test_part'].startswith('not the test set: the last 10') and found.metrics['protocol']['n_test'] == 100
+    assert (
+        found.metrics['protocol']['test_part'].startswith('not the test set: the last 10')
+        and found.metrics['protocol']['n_test'] == 100)
     assert beside_the_paper(found).empty
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert find_runs(tmp_path) == [] and [r.id for r in find_runs(tmp_path, hold_out=10)] == [r.id for r in find_runs(tmp_path, hold_out=None)] == [found.id]
+        assert find_runs(tmp_path) == [] and [r.id for r in find_runs(tmp_path, hold_out=10)] == [
+            r.id for r in find_runs(tmp_path, hold_out=None)] == [found.id]
 
 
 def test_too_many_held_out():
-    with pytest.raises(UserError, match='use a smaller hold_out'): make_context(recipe('balanced_softmax', hold_out=10**6), device='cpu')
+    with pytest.raises(UserError, match='use a smaller hold_out'):
+        make_context(recipe('balanced_softmax', hold_out=10**6), device='cpu')
 
 
 def test_committed_runs_are_finished():
@@ -119,15 +132,20 @@ def test_the_sweep_is_of_the_profile_whatever_was_asked_for():
     "Its rows are changes of `fast`; a run belongs to the row that it was made of and to no other"
     rows = sweep_rows('balanced_softmax', 'fast', 'digits', profile='short')
     assert len({r.folder for r in rows}) == 8 and [r.recipe.profile for r in rows] == ['fast']*7 + ['short']
-    assert [r.name for r in choose(rows, ('Nesterov',))] == [r.name for r in choose(rows, ('nesterov',))] == ['without Nesterov']
+    assert (
+        [r.name for r in choose(rows, ('Nesterov',))]
+        == [r.name for r in choose(rows, ('nesterov',))]
+        == ['without Nesterov'])
     grid = fast_rows('balanced_softmax')
     for i, row in enumerate(rows):
         fits = [g['name'] for g in grid if is_row(g, SimpleNamespace(recipe=row.recipe))]
-        assert grid[i]['name'] in fits and (len(fits) == 1 or fits == ['all of it', 'without bf16']), (row.name, fits)         # precision is free
+        # precision is free
+        assert grid[i]['name'] in fits and (len(fits) == 1 or fits == ['all of it', 'without bf16']), (row.name, fits)
 
 
 def test_a_second_stage_may_follow_a_fast_first_one(tmp_path):
-    first = load_run(run(recipe('mislas', profile='fast', epochs=1, max_steps=2, stage2_epochs=1, hold_out=10), tmp_path))
+    first = load_run(
+        run(recipe('mislas', profile='fast', epochs=1, max_steps=2, stage2_epochs=1, hold_out=10), tmp_path))
     second = recipe_from(first, 'crt')
     assert (second.profile, second.schedule, second.first_side, second.hold_out) == ('fast', 'one_cycle', 16, 10)
     words = command(second)
@@ -137,4 +155,5 @@ def test_a_second_stage_may_follow_a_fast_first_one(tmp_path):
     unused = unused_images(first)
     known = make_context(first.recipe, device='cpu')
     pixels = lambda images: {x.numpy().tobytes() for x in images}
-    assert len(unused) and not pixels(unused.images) & (pixels(known.parts['train'].images) | pixels(known.parts['test'].images))
+    assert len(unused) and not pixels(unused.images) & (
+        pixels(known.parts['train'].images) | pixels(known.parts['test'].images))

@@ -1,7 +1,7 @@
 """Golden runs: three epochs of every method and every second stage, to the last bit on the processor they were made on.
 
-`LTBOOK_GOLDEN=write pytest tests/test_golden.py` writes the file of this processor anew: only together with a commit that
-says which number changed and why. On a processor without a file the runs are compared with the first one's, within
+`LTBOOK_GOLDEN=write pytest tests/test_golden.py` writes the file of this processor anew: only together with a commit
+that says which number changed and why. On a processor without a file the runs are compared with the first one's, within
 tolerances.
 """
 import hashlib
@@ -40,8 +40,7 @@ CHANGED = [
     ('difficulty_net', dict(meta_grad='none', loss='equalization', select='val', **STRONG)),
     ('reweighting', dict(loss='ldam', head='cosine', weights='cdb')),
     ('reweighting', dict(loss='logit_adjustment', weights='class_balanced', defer=.5)),
-    ('class_balanced_experts', dict(protocol='V')),
-]
+    ('class_balanced_experts', dict(protocol='V'))]
 CASES = ([('digits', m, {}) for m in methods()] + [('digits', *c) for c in CHANGED]
          + [('cifar100', 'mislas', dict(max_steps=2, epochs=2, hold_out=5))])
 SECOND = ['mislas', 'crt', 'lws', 'tau_norm']     # second stages on the first one of another run
@@ -58,13 +57,21 @@ def processor():
             key, _, value = line.partition(':')
             info.setdefault(key.strip(), value.strip())
     model = ' '.join(info.get(k, '?') for k in ('vendor_id', 'cpu family', 'model'))
-    return dict(machine=platform.machine(), model=model, kernels=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__)
+    return dict(
+        machine=platform.machine(),
+        model=model,
+        kernels=torch.backends.cpu.get_cpu_capability(),
+        torch=torch.__version__)
 
 
 def weights(folder):
     "Fingerprint of all weights of a run, whatever its tensors are called."
-    found = sorted(hashlib.sha256(f'{t.dtype} {tuple(t.shape)}'.encode() + t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-                   .hexdigest() for f in sorted(folder.glob('*.safetensors')) for t in load_file(f).values())
+    found = sorted(
+        hashlib.sha256(
+            f'{t.dtype} {tuple(t.shape)}'.encode()
+            + t.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for f in sorted(folder.glob('*.safetensors'))
+        for t in load_file(f).values())
     return hashlib.sha256(' '.join(found).encode()).hexdigest()
 
 
@@ -118,14 +125,20 @@ def one_thread():
 @pytest.mark.parametrize('dataset, method, changes', CASES, ids=[name(*c) for c in CASES])
 def test_run(dataset, method, changes, tmp_path):
     if dataset != 'digits' and not (data_root()/f'{dataset}.h5').exists(): pytest.skip(f'{dataset} is not here')
-    r = recipe(method, dataset, profile='smoke', **dict(epochs=3, max_steps=None, **GENTLE) | SLOW.get(method, {}) | changes)
+    r = recipe(
+        method,
+        dataset,
+        profile='smoke',
+        **dict(epochs=3, max_steps=None, **GENTLE) | SLOW.get(method, {}) | changes)
     compare(name(dataset, method, changes), outcome(run(r, tmp_path, device='cpu')))
 
 
 @pytest.mark.parametrize('method', SECOND)
 def test_second_stage(method, tmp_path):
     first = load_run(run(recipe('mixup', profile='smoke', epochs=3, max_steps=None, **GENTLE), tmp_path, device='cpu'))
-    compare(f'digits-mixup-then-{method}', outcome(run(recipe_from(first, method, **SLOW.get(method, {})), tmp_path, device='cpu', start=first)))
+    compare(
+        f'digits-mixup-then-{method}',
+        outcome(run(recipe_from(first, method, **SLOW.get(method, {})), tmp_path, device='cpu', start=first)))
 
 
 def test_every_run_is_compared():

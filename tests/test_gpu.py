@@ -18,8 +18,17 @@ from memory import memory
 
 NO_GPU = not torch.cuda.is_available()
 MACHINES = ['tape', pytest.param('cuda', marks=pytest.mark.skipif(NO_GPU, reason='no GPU here'))]
-STAGES = [('mislas', 'stage1', {}), ('mislas', 'stage1', dict(precision='bf16', nesterov=True)), ('mislas', 'stage2', {}), ('balanced_softmax', 'stage1', dict(first_side=4)), ('sade', 'stage1', {}),
-          ('ride', 'stage1', {}), ('dirmixe', 'stage1', {}), ('difficulty_net', 'stage1', dict(loss='equalization', auto_augment=True, cutout_side=4)), ('difficulty_net', 'stage2', {}), ('reweighting', 'stage1', dict(weights='cdb'))]
+STAGES = [
+    ('mislas', 'stage1', {}),
+    ('mislas', 'stage1', dict(precision='bf16', nesterov=True)),
+    ('mislas', 'stage2', {}),
+    ('balanced_softmax', 'stage1', dict(first_side=4)),
+    ('sade', 'stage1', {}),
+    ('ride', 'stage1', {}),
+    ('dirmixe', 'stage1', {}),
+    ('difficulty_net', 'stage1', dict(loss='equalization', auto_augment=True, cutout_side=4)),
+    ('difficulty_net', 'stage2', {}),
+    ('reweighting', 'stage1', dict(weights='cdb'))]
 WAITS = ('cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'cudaMemcpy')
 
 
@@ -33,7 +42,13 @@ def machine(request, monkeypatch):
 
 
 def stage_of(method, name, device, **changes):
-    context = make_context(recipe(method, 'digits', profile='smoke', **dict(max_steps=None, epochs=2, batch_size=32, capture=True) | changes), device=device)
+    context = make_context(
+        recipe(
+            method,
+            'digits',
+            profile='smoke',
+            **dict(max_steps=None, epochs=2, batch_size=32, capture=True) | changes),
+        device=device)
     stages = get_method(method).stages
     if name != 'stage1': stages['stage1'](context)
     stage = stages[name](context)
@@ -50,36 +65,48 @@ def stage_of(method, name, device, **changes):
 def load(stage, index, rng): return stage.view.load(stage.view.plan(index, rng))
 
 
-@pytest.mark.parametrize('method, name, changes', STAGES, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in STAGES])
+@pytest.mark.parametrize(
+    'method, name, changes', STAGES, ids=['-'.join(map(str, (m, n, *c.values()))) for m, n, c in STAGES])
 def test_one_step_replayed_is_one_step_called(method, name, changes, machine):
     "From the same state, whole batches and partial ones, after some steps of both; and nobody waits"
     device, cuda = machine
     stage, compute = stage_of(method, name, device, **changes)
     optimizer, rng = stage.optimizer(), np.random.default_rng(0)
     step, order = CapturedStep(stage, optimizer, compute, cuda), stage.sampler.epoch()
-    if stage.before_epoch: stage.before_epoch(0)
+    if stage.before_epoch:
+        stage.before_epoch(0)
     drawn = stage.draw() if stage.draw else {}
     stage.draw = (lambda: drawn) if drawn else None
     for _ in range(6):
-        for size in (32, 20): step(load(stage, order[:size], rng), .02)
-    assert len(step.steps) == 2 and all(r.graph is not None for r in step.steps.values())           # both were recorded
-    if cuda: assert [g.replays for g in cuda.graphs] == [3, 3]
+        for size in (32, 20):
+            step(load(stage, order[:size], rng), 0.02)
+    assert len(step.steps) == 2 and all(r.graph is not None for r in step.steps.values())  # both were recorded
+    if cuda:
+        assert [g.replays for g in cuda.graphs] == [3, 3]
     for size in (32, 20):
         loaded = load(stage, order[-size:], rng)
         before = [t.clone() for t in memory(stage, optimizer)]
-        loss = step(loaded, .01).item()
+        loss = step(loaded, 0.01).item()
         replayed = [t.clone() for t in memory(stage, optimizer)]
-        for t, b in zip(memory(stage, optimizer), before): t.copy_(b)
-        for g in optimizer.param_groups: g['lr'] = .01*g['lr_factor']
-        batch = stage.view.apply(loaded) | {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in drawn.items()}
-        if stage.before_step: batch = stage.before_step(batch, .01)
+        for t, b in zip(memory(stage, optimizer), before):
+            t.copy_(b)
+        for g in optimizer.param_groups:
+            g['lr'] = 0.01 * g['lr_factor']
+        batch = stage.view.apply(loaded) | {
+            k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in drawn.items()}
+        if stage.before_step:
+            batch = stage.before_step(batch, 0.01)
         called = stage.update(batch, optimizer, compute)
-        assert loss == pytest.approx(called.item(), rel=1e-4) and any(not torch.equal(a, b) for a, b in zip(before, replayed))
-        for a, b in zip(replayed, memory(stage, optimizer)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
-    if cuda is None: nobody_waits(lambda: step(loaded, .01))
+        assert loss == pytest.approx(called.item(), rel=1e-4) and any(
+            not torch.equal(a, b) for a, b in zip(before, replayed))
+        for a, b in zip(replayed, memory(stage, optimizer)):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+    if cuda is None:
+        nobody_waits(lambda: step(loaded, 0.01))
     step.release()
     assert not step.steps and all(p.grad is None for p in stage.network.parameters())
-    for _ in range(5): step(load(stage, order[:32], rng), .01)                # records anew, in another memory
+    for _ in range(5):
+        step(load(stage, order[:32], rng), 0.01)  # records anew, in another memory
     assert len(step.steps) == 1 and all(r.graph is not None for r in step.steps.values())
 
 
@@ -87,12 +114,15 @@ def nobody_waits(step):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(20): step()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(20):
+                step()
     finally: torch.cuda.set_sync_debug_mode('default')
     seen = {e.key: e.count for e in profile.key_averages()}
     waits = {k: n for k, n in seen.items() if k in WAITS}
-    assert seen['cudaGraphLaunch'] == 20 and sum(waits.values()) <= 1, waits            # the profiler itself waits once, when it ends
+    # the profiler itself waits once, when it ends
+    assert seen['cudaGraphLaunch'] == 20 and sum(waits.values()) <= 1, waits
 
 
 def test_a_pack_is_its_runs(machine):
@@ -100,12 +130,16 @@ def test_a_pack_is_its_runs(machine):
     device, cuda = machine
     def trained(seed, n, pack=None):
         stage, compute = stage_of('mislas', 'stage1', device, seed=seed)
-        step, rng, order = CapturedStep(stage, stage.optimizer(), replace(compute, pack=pack), cuda if pack is None else None), np.random.default_rng(seed), stage.sampler.epoch()
+        step, rng, order = (
+            CapturedStep(stage, stage.optimizer(), replace(compute, pack=pack), cuda if pack is None else None),
+            np.random.default_rng(seed),
+            stage.sampler.epoch())
         for _ in range(n): step(load(stage, order[:32], rng), .02)
         return [t.clone() for t in stage.network.state_dict().values()]
     pack = Pack(2, torch.device('cuda:0'), **(dict(cuda=cuda) if cuda else {}))
     packed = together([lambda s=s: trained(s, 9 + s, pack) for s in (0, 1)], pack)
-    if cuda: assert sorted(g.replays for g in cuda.graphs) == [6]                      # of both; the longer run ends by a step as it is
+    # of both; the longer run ends by a step as it is
+    if cuda: assert sorted(g.replays for g in cuda.graphs) == [6]
     for s, tensors in enumerate(packed):
         assert not isinstance(tensors, BaseException), tensors
         for a, b in zip(tensors, trained(s, 9 + s)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -86,7 +86,11 @@ def test_an_edited_recipe_is_refused(finished, tmp_path):
 
 def test_done_lists_every_file(finished):
     found = verify_files(finished.path)
-    assert not found['changed'] and not found['absent'] and not found['unlisted'] and 'stage1.safetensors' in found['same']
+    assert (
+        not found['changed']
+        and not found['absent']
+        and not found['unlisted']
+        and 'stage1.safetensors' in found['same'])
     assert {p.name for p in finished.path.iterdir()} == {*found['same'], 'done.json'}
 
 
@@ -115,21 +119,47 @@ def test_one_bad_folder_is_one_line(finished):
 
 def test_left_overs_of_a_finished_run(finished):
     "Killed just after the end: the next call takes them away"
-    for name in ('training.pt', 'sessions.json', 'files.json', 'progress.json', '.history.csv.99999999.part', '.run-99999999.part.ipynb', 'failed.ipynb', '.lock'):
-        (finished.path/name).write_text('{}')
+    for name in (
+        'training.pt',
+        'sessions.json',
+        'files.json',
+        'progress.json',
+        '.history.csv.99999999.part',
+        '.run-99999999.part.ipynb',
+        'failed.ipynb',
+        '.lock'):
+        (finished.path / name).write_text('{}')
     assert run(finished.recipe, finished.path.parents[2], device='cpu') == finished.path
-    assert not [p for q in (*PASSING, *LOCKS) for p in finished.path.glob(q)] and load_run(finished.path).metrics == finished.metrics
+    assert (
+        not [p for q in (*PASSING, *LOCKS) for p in finished.path.glob(q)]
+        and load_run(finished.path).metrics == finished.metrics)
 
 
 @pytest.mark.parametrize('bare', [True, False], ids=['bare', 'notebook'])
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end(tmp_path, bare, how):
     "The sentence and the exit code, no kernel left, and the next call ends it without leftovers"
-    words = ['run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '20', '--device', 'cpu', '--out', str(tmp_path), *['--bare']*bare]
+    words = [
+        'run',
+        'mislas',
+        'digits',
+        '--profile',
+        'smoke',
+        '--epochs',
+        '20',
+        '--device',
+        'cpu',
+        '--out',
+        str(tmp_path),
+        *['--bare'] * bare]
     folder = tmp_path/run_id(recipe('mislas', profile='smoke', epochs=20))
     log = tmp_path/'log'
-    p = subprocess.Popen([sys.executable, '-m', 'ltbook', *words], env=child_env(1) | {pairs.MARK: str(folder)}, stdout=log.open('wb'), stderr=subprocess.STDOUT,
-                         start_new_session=True)
+    p = subprocess.Popen(
+        [sys.executable, '-m', 'ltbook', *words],
+        env=child_env(1) | {pairs.MARK: str(folder)},
+        stdout=log.open('wb'),
+        stderr=subprocess.STDOUT,
+        start_new_session=True)
     while not (folder/'history.csv').exists():
         assert p.poll() is None, log.read_text()
         time.sleep(.05)
@@ -139,14 +169,31 @@ def test_asked_to_end(tmp_path, bare, how):
     until = time.monotonic() + 10
     while pairs.kernels(folder) and time.monotonic() < until: time.sleep(.1)
     assert not pairs.kernels(folder)
-    assert len(load_run(run(recipe('mislas', profile='smoke', epochs=20), tmp_path, device='cpu')).history) == 21 and {q.name for q in folder.iterdir()} <= pairs.ALLOWED
+    assert (
+        len(load_run(run(recipe('mislas', profile='smoke', epochs=20), tmp_path, device='cpu')).history) == 21
+        and {q.name for q in folder.iterdir()} <= pairs.ALLOWED)
 
 
 def test_orphaned_kernel(tmp_path):
     "The notebook's process is killed outright: its kernel ends, or is waited for, and the run ends as it should"
-    words = ['run', 'mislas', 'digits', '--profile', 'smoke', '--epochs', '20', '--device', 'cpu', '--out', str(tmp_path)]
+    words = [
+        'run',
+        'mislas',
+        'digits',
+        '--profile',
+        'smoke',
+        '--epochs',
+        '20',
+        '--device',
+        'cpu',
+        '--out',
+        str(tmp_path)]
     folder = tmp_path/run_id(recipe('mislas', profile='smoke', epochs=20))
-    p = subprocess.Popen([sys.executable, '-m', 'ltbook', *words], env=child_env(1) | {pairs.MARK: str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(
+        [sys.executable, '-m', 'ltbook', *words],
+        env=child_env(1) | {pairs.MARK: str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
     while not (folder/'history.csv').exists():
         assert p.poll() is None
         time.sleep(.05)
@@ -164,7 +211,10 @@ def small_disk(tmp_path):
     place = tmp_path/'disk'
     place.mkdir()
     def mount(size):
-        if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(place)], capture_output=True).returncode:
+        if (
+            os.geteuid()
+            or subprocess.run(
+                ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(place)], capture_output=True).returncode):
             pytest.skip('no file system can be mounted here')
         return place
     yield mount
@@ -173,18 +223,34 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize('size', ['4k', '500k', '3m', '5m', '6m'])
 def test_full_disk(small_disk, tmp_path, size):
-    "Full at one file or another: a sentence, nothing half-written, and with room the same command goes on to the same numbers"
+    ("Full at one file or another: a sentence, nothing half-written, and with "
+     "room the same command goes on to the same numbers")
     place, r = small_disk(size), recipe('mislas', profile='smoke')
     with pytest.raises(UserError, match='Cannot (write|make)'): run(r, place/'out', device='cpu')
     assert not list(place.rglob('*.part'))
     subprocess.run(['mount', '-o', 'remount,size=200m', str(place)], check=True)
-    assert load_run(run(r, place/'out', device='cpu')).metrics == load_run(run(r, tmp_path/'whole', device='cpu')).metrics
+    assert (
+        load_run(run(r, place/'out', device='cpu')).metrics
+        == load_run(run(r, tmp_path/'whole', device='cpu')).metrics)
 
 
 def test_full_disk_for_a_notebook(small_disk):
     place = small_disk('3m')
-    p = subprocess.run([sys.executable, '-m', 'ltbook', 'run', 'mislas', 'digits', '--profile', 'smoke', '--out', str(place/'out')],
-                       env=child_env(1), capture_output=True, text=True)
+    p = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'ltbook',
+            'run',
+            'mislas',
+            'digits',
+            '--profile',
+            'smoke',
+            '--out',
+            str(place/'out')],
+        env=child_env(1),
+        capture_output=True,
+        text=True)
     assert p.returncode == 2 and 'Cannot' in p.stderr and 'Traceback' not in p.stderr, p.stderr
 
 
@@ -193,7 +259,8 @@ def test_read_only_disk(small_disk, finished):
     subprocess.run(['cp', '-r', str(finished.path.parents[2]), str(place/'out')], check=True)
     subprocess.run(['mount', '-o', 'remount,ro', str(place)], check=True)
     assert run(finished.recipe, place/'out', device='cpu').name == finished.path.name, 'a finished run can be read'
-    with pytest.raises(UserError, match='Cannot (write|make)'): run(recipe('mislas', profile='smoke'), place/'out', device='cpu')
+    with pytest.raises(UserError, match='Cannot (write|make)'):
+        run(recipe('mislas', profile='smoke'), place/'out', device='cpu')
 
 
 def test_another_owner_is_named(tmp_path):
@@ -218,7 +285,8 @@ def test_a_stolen_folder_is_left(tmp_path, monkeypatch):
     r, steps = recipe('mixup', profile='smoke'), []
     lost = property(lambda self: SimpleNamespace(reason='owner-changed') if steps else None)
     monkeypatch.setattr(keeping.SoftFileLease, 'compromise', lost)
-    with pytest.raises(UserError, match='taken over'): run(r, tmp_path, device='cpu', on_step=lambda *a: steps.append(a))
+    with pytest.raises(UserError, match='taken over'):
+        run(r, tmp_path, device='cpu', on_step=lambda *a: steps.append(a))
     assert len(steps) == 1 and not (tmp_path/run_id(r)/'history.csv').exists()
 
 
@@ -228,8 +296,12 @@ def test_checks_cost_little(tmp_path, finished):
         folder = tmp_path/'many'/'digits'/'mixup'/f'{seed}-{finished.path.name.split("-")[1]}'
         folder.mkdir(parents=True)
         r = finished.recipe.model_copy(update=dict(seed=seed))
-        protocol = {k: v for k, v in finished.metrics['protocol'].items() if k != 'data'}      # as it was before there were lists
-        texts = dict(recipe=r.model_dump_json(), metrics=json.dumps(finished.metrics | dict(protocol=protocol)), env=json.dumps(finished.env))
+        # as it was before there were lists
+        protocol = {k: v for k, v in finished.metrics['protocol'].items() if k != 'data'}
+        texts = dict(
+            recipe=r.model_dump_json(),
+            metrics=json.dumps(finished.metrics | dict(protocol=protocol)),
+            env=json.dumps(finished.env))
         for k, text in texts.items(): (folder/f'{k}.json').write_text(text)
         write_json(folder/'done.json', dict(run=run_id(r)))
     began = time.perf_counter()
@@ -278,7 +350,8 @@ def test_a_copy_under_another_name_is_no_second_run(finished):
     shutil.copytree(finished.path, copy)
     runs, bad = scan_runs(out)
     assert [r.id for r in runs] == [finished.id] and 'under another name' in bad[copy]
-    with pytest.raises(UserError, match='under another name'): run(finished.recipe.model_copy(update=dict(seed=1)), out, device='cpu')
+    with pytest.raises(UserError, match='under another name'):
+        run(finished.recipe.model_copy(update=dict(seed=1)), out, device='cpu')
 
 
 def test_an_unfinished_copy_is_no_other_seed(tmp_path):

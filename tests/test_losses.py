@@ -52,7 +52,8 @@ def test_mixed_by_soft_targets(b, c, seed, lam):
     z, y, g = batch(b, c, seed)
     other = torch.tensor(g.integers(0, c, b))
     soft = lam*torch.eye(c, dtype=z.dtype)[y] + (1 - lam)*torch.eye(c, dtype=z.dtype)[other]
-    assert mixed_cross_entropy(z, y, other, lam).item() == pytest.approx(torch.nn.functional.cross_entropy(z, soft).item(), abs=1e-9)
+    assert mixed_cross_entropy(z, y, other, lam).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(z, soft).item(), abs=1e-9)
 
 
 @given(**sizes)
@@ -63,19 +64,29 @@ def test_permuting_classes_changes_nothing(b, c, seed):
     back = torch.argsort(p)
     n, eps = torch.tensor(g.integers(1, 99, c)), torch.tensor(g.uniform(0, .9, c))
     assert balanced_softmax(z[:, p], back[y], n[p]).item() == pytest.approx(balanced_softmax(z, y, n).item(), abs=1e-9)
-    assert label_aware_smoothing(z[:, p], back[y], eps[p]).item() == pytest.approx(label_aware_smoothing(z, y, eps).item(), abs=1e-9)
+    assert label_aware_smoothing(z[:, p], back[y], eps[p]).item() == pytest.approx(
+        label_aware_smoothing(z, y, eps).item(), abs=1e-9)
 
 
-@pytest.mark.parametrize('loss', [
-    lambda z, y: label_aware_smoothing(z, y, torch.tensor([.1, .2, .3, .4])), lambda z, y: label_aware_smoothing(z, y, torch.tensor([.1, .2, .3, .4]), 'paper'),
-    lambda z, y: balanced_softmax(z, y, torch.tensor([50, 9, 3, 1])), lambda z, y: mixed_cross_entropy(z, y, y.flip(0), .3),
-    lambda z, y: weighted_mean(torch.nn.functional.cross_entropy(z, y, reduction='none'), torch.tensor([.5, 2., 1.]))])
+@pytest.mark.parametrize(
+    'loss',
+    [
+        lambda z, y: label_aware_smoothing(z, y, torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        lambda z, y: label_aware_smoothing(z, y, torch.tensor([0.1, 0.2, 0.3, 0.4]), 'paper'),
+        lambda z, y: balanced_softmax(z, y, torch.tensor([50, 9, 3, 1])),
+        lambda z, y: mixed_cross_entropy(z, y, y.flip(0), 0.3),
+        lambda z, y: weighted_mean(
+            torch.nn.functional.cross_entropy(z, y, reduction='none'), torch.tensor([0.5, 2.0, 1.0]))])
 def test_gradients(loss):
     z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert gradcheck(lambda z: loss(z, torch.tensor([0, 3, 1])), (z,))
 
 
-@given(n=st.lists(st.integers(1, 5000), min_size=2, max_size=30).filter(lambda n: min(n) < max(n)), head=st.floats(.2, .9), tail=st.floats(0, .2), shape=st.sampled_from(sorted(SHAPES)))
+@given(
+    n=st.lists(st.integers(1, 5000), min_size=2, max_size=30).filter(lambda n: min(n) < max(n)),
+    head=st.floats(0.2, 0.9),
+    tail=st.floats(0, 0.2),
+    shape=st.sampled_from(sorted(SHAPES)))
 @settings(deadline=None, max_examples=100)
 def test_strength_grows_with_the_count(n, head, tail, shape):
     e = smoothing_strength(n, head, tail, shape).numpy()

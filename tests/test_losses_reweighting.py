@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from ltbook.data.checks import UserError
 from ltbook.losses.cross_entropy import balanced_softmax, reduced, weighted_mean
 from ltbook.losses.margins import adjusted_logits, equalization_loss, focal_loss, ldam_loss, logit_adjustment
-from ltbook.losses.reweighting import cdb_weights, class_balanced_weights, deferred, dynamic_tau, inverse_frequency_weights
+from ltbook.losses.reweighting import (
+    cdb_weights, class_balanced_weights, deferred, dynamic_tau, inverse_frequency_weights)
 from ltbook.measure.label_shift import replace_prior
 
 sizes = dict(b=st.integers(1, 6), c=st.integers(2, 9), seed=st.integers(0, 2**16))
@@ -22,7 +23,11 @@ taus = st.one_of(st.floats(.05, 8), st.just('dynamic'))
 
 def batch(b, c, seed):
     g = np.random.default_rng(seed)
-    return torch.tensor(g.normal(size=(b, c))*3), torch.tensor(g.integers(0, c, b)), torch.tensor(g.integers(1, 500, c)), g
+    return (
+        torch.tensor(g.normal(size=(b, c)) * 3),
+        torch.tensor(g.integers(0, c, b)),
+        torch.tensor(g.integers(1, 500, c)),
+        g)
 
 
 def cross_entropy(z, y):
@@ -84,18 +89,36 @@ def test_dynamic_tau_stays_in_its_range(a):
     assert torch.equal(cdb_weights(a, 'dynamic'), cdb_weights(a, dynamic_tau(a)))
 
 
-@pytest.mark.parametrize('call', [
-    lambda: inverse_frequency_weights([3, 0]), lambda: inverse_frequency_weights([3, -1]), lambda: class_balanced_weights([3., float('nan')]),
-    lambda: class_balanced_weights([3, 4], 1.), lambda: class_balanced_weights([3, 4], -.1), lambda: class_balanced_weights([3, 4], float('nan')),
-    lambda: cdb_weights([.5, 1.01]), lambda: cdb_weights([-.01, .5]), lambda: cdb_weights([float('nan'), .5]), lambda: dynamic_tau([50., 80.]),
-    lambda: cdb_weights([.5, .6], 0), lambda: cdb_weights([.5, .6], -2.), lambda: cdb_weights([.5, .6], float('inf')), lambda: cdb_weights([.5, .6], 'auto'),
-    lambda: weighted_mean(torch.ones(3, 1), torch.ones(3)), lambda: weighted_mean(torch.ones(3), torch.ones(1)), lambda: reduced(torch.ones(3), 'sum'),
-    lambda: focal_loss(torch.zeros(1, 2), torch.tensor([0]), -1.), lambda: focal_loss(torch.zeros(1, 2), torch.tensor([0]), float('nan')),
-    lambda: equalization_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), drop=.5), lambda: equalization_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), drop=1.5),
-    lambda: adjusted_logits(torch.zeros(1, 2), [5, 0]), lambda: ldam_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), -.5),
-    lambda: ldam_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), scale=0)])
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda: inverse_frequency_weights([3, 0]),
+        lambda: inverse_frequency_weights([3, -1]),
+        lambda: class_balanced_weights([3.0, float('nan')]),
+        lambda: class_balanced_weights([3, 4], 1.0),
+        lambda: class_balanced_weights([3, 4], -0.1),
+        lambda: class_balanced_weights([3, 4], float('nan')),
+        lambda: cdb_weights([0.5, 1.01]),
+        lambda: cdb_weights([-0.01, 0.5]),
+        lambda: cdb_weights([float('nan'), 0.5]),
+        lambda: dynamic_tau([50.0, 80.0]),
+        lambda: cdb_weights([0.5, 0.6], 0),
+        lambda: cdb_weights([0.5, 0.6], -2.0),
+        lambda: cdb_weights([0.5, 0.6], float('inf')),
+        lambda: cdb_weights([0.5, 0.6], 'auto'),
+        lambda: weighted_mean(torch.ones(3, 1), torch.ones(3)),
+        lambda: weighted_mean(torch.ones(3), torch.ones(1)),
+        lambda: reduced(torch.ones(3), 'sum'),
+        lambda: focal_loss(torch.zeros(1, 2), torch.tensor([0]), -1.0),
+        lambda: focal_loss(torch.zeros(1, 2), torch.tensor([0]), float('nan')),
+        lambda: equalization_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), drop=0.5),
+        lambda: equalization_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), drop=1.5),
+        lambda: adjusted_logits(torch.zeros(1, 2), [5, 0]),
+        lambda: ldam_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), -0.5),
+        lambda: ldam_loss(torch.zeros(1, 2), torch.tensor([0]), torch.ones(2), scale=0)])
 def test_mistakes_are_told_in_one_line(call):
-    with pytest.raises(UserError) as err: call()
+    with pytest.raises(UserError) as err:
+        call()
     assert '\n' not in str(err.value) and len(str(err.value)) > 20
 
 
@@ -113,7 +136,8 @@ def test_focal_by_hand(b, c, seed, gamma):
     z, y, _, _ = batch(b, c, seed)
     ce = [cross_entropy(row, k) for row, k in zip(z.tolist(), y.tolist())]
     expected = [(1 - math.exp(-v))**gamma*v for v in ce]
-    for detach in (False, True): assert focal_loss(z, y, gamma, detach, 'none').numpy() == pytest.approx(expected, abs=1e-9)
+    for detach in (False, True):
+        assert focal_loss(z, y, gamma, detach, 'none').numpy() == pytest.approx(expected, abs=1e-9)
     assert focal_loss(z, y, gamma).item() == pytest.approx(np.mean(expected), abs=1e-9)
 
 
@@ -124,7 +148,11 @@ def test_equalization_by_hand(b, c, seed, threshold, s):
     expected = []
     for row, label in zip(z.tolist(), y.tolist()):
         terms = [math.log1p(math.exp(-v)) if k == label else math.log1p(math.exp(v)) for k, v in enumerate(row)]
-        expected.append(sum(t for k, t in enumerate(terms) if k == label or not (s and n[k].item()/n.sum().item() < threshold)))
+        expected.append(
+            sum(
+                t
+                for k, t in enumerate(terms)
+                if k == label or not (s and n[k].item() / n.sum().item() < threshold)))
     assert equalization_loss(z, y, n, threshold, drop=s, reduction='none').numpy() == pytest.approx(expected, abs=1e-9)
 
 
@@ -133,7 +161,9 @@ def test_equalization_by_hand(b, c, seed, threshold, s):
 def test_logit_adjustment_by_hand(b, c, seed, tau):
     z, y, n, _ = batch(b, c, seed)
     p = (n.double()/n.sum()).tolist()
-    expected = [cross_entropy([v + tau*math.log(q) for v, q in zip(row, p)], k) for row, k in zip(z.tolist(), y.tolist())]
+    expected = [
+        cross_entropy([v + tau * math.log(q) for v, q in zip(row, p)], k)
+        for row, k in zip(z.tolist(), y.tolist())]
     assert logit_adjustment(z, y, n, tau, 'none').numpy() == pytest.approx(expected, abs=1e-8)
     assert torch.equal(logit_adjustment(z, y, n, 1., 'none'), balanced_softmax(z, y, n, 'none'))
 
@@ -146,7 +176,8 @@ def test_post_hoc_adjustment_undoes_the_training_prior(b, c, seed):
     assert torch.allclose(adjusted_logits(z, n).softmax(1), replace_prior(z, n, torch.ones(c)).softmax(1))
     bayes = z.softmax(1)/n
     assert torch.allclose(adjusted_logits(z, n).softmax(1), bayes/bayes.sum(1, keepdim=True))
-    assert logit_adjustment(adjusted_logits(z, n, .7), y, n, .7).item() == pytest.approx(torch.nn.functional.cross_entropy(z, y).item(), abs=1e-9)
+    assert logit_adjustment(adjusted_logits(z, n, 0.7), y, n, 0.7).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(z, y).item(), abs=1e-9)
 
 
 @given(**sizes, margin=st.sampled_from([0., .1, .5]))
@@ -160,12 +191,15 @@ def test_ldam_by_hand(b, c, seed, margin):
         expected.append(cross_entropy([30*v for v in row], k))
     assert ldam_loss(z, y, n, margin, reduction='none').numpy() == pytest.approx(expected, abs=1e-6)
     weighted = [v*w[k].item() for v, k in zip(expected, y)]
-    assert ldam_loss(z, y, n, margin, weight=w).item() == pytest.approx(sum(weighted)/b, abs=1e-6)     # over the batch size
+    # over the batch size
+    assert ldam_loss(z, y, n, margin, weight=w).item() == pytest.approx(sum(weighted)/b, abs=1e-6)
 
 
 LOSSES = {
-    'focal': lambda z, y, n, **kw: focal_loss(z, y, 2., **kw), 'focal, detached': lambda z, y, n, **kw: focal_loss(z, y, 2., True, **kw),
-    'equalization': lambda z, y, n, **kw: equalization_loss(z, y, n, .1, **kw), 'logit adjustment': lambda z, y, n, **kw: logit_adjustment(z, y, n, 1.5, **kw),
+    'focal': lambda z, y, n, **kw: focal_loss(z, y, 2.0, **kw),
+    'focal, detached': lambda z, y, n, **kw: focal_loss(z, y, 2.0, True, **kw),
+    'equalization': lambda z, y, n, **kw: equalization_loss(z, y, n, 0.1, **kw),
+    'logit adjustment': lambda z, y, n, **kw: logit_adjustment(z, y, n, 1.5, **kw),
     'LDAM': lambda z, y, n, **kw: ldam_loss(z.tanh(), y, n, **kw)}
 
 
@@ -180,14 +214,18 @@ def test_one_value_a_sample_and_the_order_of_classes(name, b, c, seed):
     assert all(loss(z[i:i + 1], y[i:i + 1], n).item() == pytest.approx(each[i].item(), abs=1e-9) for i in range(b))
     assert torch.allclose(loss(z[:, p], torch.argsort(p)[y], n[p], reduction='none'), each)
     w = class_balanced_weights(n)
-    assert weighted_mean(each, w[y]).item() == pytest.approx(sum(v*w[k].item() for v, k in zip(each.tolist(), y))/b, abs=1e-9)
+    assert weighted_mean(each, w[y]).item() == pytest.approx(
+        sum(v * w[k].item() for v, k in zip(each.tolist(), y)) / b, abs=1e-9)
 
 
 @pytest.mark.parametrize('name', [k for k in LOSSES if 'detached' not in k])
 def test_gradients(name):
     "By finite differences, to the logits and to the class weights"
     z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    w, y, n = torch.tensor([.3, .7, 1., 2.], dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 1]), torch.tensor([100, 50, 20, 5])
+    w, y, n = (
+        torch.tensor([0.3, 0.7, 1.0, 2.0], dtype=torch.float64, requires_grad=True),
+        torch.tensor([0, 3, 1]),
+        torch.tensor([100, 50, 20, 5]))
     assert gradcheck(lambda z, w: weighted_mean(LOSSES[name](z, y, n, reduction='none'), w[y]), (z, w))
 
 
@@ -196,7 +234,8 @@ def test_detached_factor_is_a_weight():
     y = torch.tensor([0, 3, 1, 1, 2])
     q = z.detach().softmax(1)[range(5), y]
     own, = torch.autograd.grad(focal_loss(z, y, 2., True), z)
-    weighted, = torch.autograd.grad(weighted_mean(torch.nn.functional.cross_entropy(z, y, reduction='none'), (1 - q)**2), z)
+    (weighted,) = torch.autograd.grad(
+        weighted_mean(torch.nn.functional.cross_entropy(z, y, reduction='none'), (1 - q) ** 2), z)
     assert torch.allclose(own, weighted)
 
 

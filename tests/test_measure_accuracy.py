@@ -60,12 +60,19 @@ def test_every_precision(dtype):
     assert top1(logits, labels) == 0.75 and per_class_accuracy(logits, labels, 4).tolist()[:3] == [0.5, 1, 1]
 
 
-@pytest.mark.parametrize('logits, labels', [
-    (torch.zeros(3), torch.zeros(3)), (torch.zeros(3, 2), torch.zeros(2)), (torch.zeros(3, 2), torch.zeros(3, 1)),
-    (torch.zeros(0, 2), torch.zeros(0)), (torch.zeros(2, 2), torch.tensor([0, 2])), (torch.zeros(2, 2), torch.tensor([-1, 0]))])
+@pytest.mark.parametrize(
+    'logits, labels',
+    [
+        (torch.zeros(3), torch.zeros(3)),
+        (torch.zeros(3, 2), torch.zeros(2)),
+        (torch.zeros(3, 2), torch.zeros(3, 1)),
+        (torch.zeros(0, 2), torch.zeros(0)),
+        (torch.zeros(2, 2), torch.tensor([0, 2])),
+        (torch.zeros(2, 2), torch.tensor([-1, 0]))])
 def test_what_does_not_fit_is_refused(logits, labels):
     for f in (as_predictions, top1, lambda *pair: per_class_accuracy(*pair, 2)):
-        with pytest.raises(UserError): f(logits, labels)
+        with pytest.raises(UserError):
+            f(logits, labels)
 
 
 def test_more_labels_than_classes_asked_for():

@@ -8,13 +8,18 @@ from sklearn.metrics import log_loss, mean_squared_error
 from torchmetrics.functional.classification import multiclass_calibration_error
 from ltbook.data.checks import UserError
 from ltbook.measure import calibration
-from ltbook.measure.calibration import (adaptive_calibration_error, brier_score, calibration_bins, calibration_error, classwise_calibration_error,
-                                        confidences, negative_log_likelihood)
+from ltbook.measure.calibration import (
+    adaptive_calibration_error, brier_score, calibration_bins, calibration_error,
+    classwise_calibration_error, confidences, negative_log_likelihood)
 
 EDGES = [i / m for m in (1, 2, 3, 10, 15) for i in range(m + 1)]
 pairs = st.lists(st.tuples(st.one_of(st.floats(0, 1), st.sampled_from(EDGES)), st.booleans()), min_size=1, max_size=80)
 bin_numbers = st.sampled_from([1, 2, 3, 10, 15, 40])
-cases = dict(seed=st.integers(0, 2**31), n=st.integers(1, 50), C=st.integers(1, 9), scale=st.sampled_from([0., 1., 5., 300.]))
+cases = dict(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 50),
+    C=st.integers(1, 9),
+    scale=st.sampled_from([0.0, 1.0, 5.0, 300.0]))
 
 
 def case(seed, n, C, scale):
@@ -25,7 +30,9 @@ def case(seed, n, C, scale):
 
 def naive_bins(pairs, n_bins, zero=False):
     "Samples of each bin, by the definition; exactly 0 belongs to the first if `zero`, else to none."
-    return [[(p, c) for p, c in pairs if i / n_bins < p <= (i + 1) / n_bins or (zero and i == p == 0)] for i in range(n_bins)]
+    return [
+        [(p, c) for p, c in pairs if i / n_bins < p <= (i + 1) / n_bins or (zero and i == p == 0)]
+        for i in range(n_bins)]
 
 
 def naive_gap(bin):
@@ -37,7 +44,11 @@ def naive_gap(bin):
 def test_bins_and_errors_against_a_loop(pairs, n_bins):
     bins, naive = calibration_bins(*zip(*pairs), n_bins), naive_bins(pairs, n_bins)
     assert bins['count'].tolist() == [len(b) for b in naive]
-    assert bins.accuracy.isna().tolist() == bins.confidence.isna().tolist() == bins.gap.isna().tolist() == [not b for b in naive]
+    assert (
+        bins.accuracy.isna().tolist()
+        == bins.confidence.isna().tolist()
+        == bins.gap.isna().tolist()
+        == [not b for b in naive])
     np.testing.assert_allclose(bins.gap.fillna(0), [naive_gap(b) for b in naive], atol=1e-12)
     np.testing.assert_allclose(bins.accuracy.dropna(), [np.mean([c for _, c in b]) for b in naive if b])
     binned = sum(map(len, naive))
@@ -49,18 +60,25 @@ def test_bins_and_errors_against_a_loop(pairs, n_bins):
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=cases['seed'], n=st.integers(1, 80), C=st.integers(2, 9), scale=st.sampled_from([1., 5., 300.]), n_bins=st.sampled_from([10, 15]))
+@given(
+    seed=cases['seed'],
+    n=st.integers(1, 80),
+    C=st.integers(2, 9),
+    scale=st.sampled_from([1.0, 5.0, 300.0]),
+    n_bins=st.sampled_from([10, 15]))
 def test_errors_against_torchmetrics(seed, n, C, scale, n_bins):
     logits, labels = case(seed, n, C, scale)
     confidence, guess = confidences(logits)
     # torchmetrics closes its bins on the left and has one bin too many for exactly 1: stay clear of all edges
     inside = (confidence * n_bins - (confidence * n_bins).round()).abs() > 1e-5
     inside |= confidence > 1 - 1e-9
-    if not inside.any(): return
+    if not inside.any():
+        return
     clamped = logits.softmax(1)[inside].clamp(max=1 - 2**-24)
     for norm in ('l1', 'max'):
         theirs = multiclass_calibration_error(clamped, labels[inside], C, n_bins, norm).item()
-        assert calibration_error(confidence[inside], (guess == labels)[inside], n_bins, norm) == pytest.approx(theirs, abs=2e-6)
+        assert calibration_error(confidence[inside], (guess == labels)[inside], n_bins, norm) == pytest.approx(
+            theirs, abs=2e-6)
 
 
 @settings(max_examples=100, deadline=None)
@@ -87,7 +105,9 @@ def test_order_of_samples_does_not_matter(pairs, random, n_bins):
 def test_classwise_error_against_a_loop(seed, n, C, scale, n_bins):
     logits, labels = case(seed, n, C, scale)
     p = logits.float().softmax(1)  # float32: with scale 300 it underflows to exact zeros
-    of_class = (naive_bins([(q, k == y) for q, y in zip(p[:, k].tolist(), labels.tolist())], n_bins, zero=True) for k in range(C))
+    of_class = (
+        naive_bins([(q, k == y) for q, y in zip(p[:, k].tolist(), labels.tolist())], n_bins, zero=True)
+        for k in range(C))
     expected = sum(len(b) * naive_gap(b) for bins in of_class for b in bins) / (n * C)
     assert classwise_calibration_error(p, labels, n_bins) == pytest.approx(expected, abs=1e-12)
 
@@ -98,8 +118,11 @@ def test_scores_against_scikit_learn(seed, n, C, scale):
     logits, labels = case(seed, n, C, scale / 100)  # scikit-learn clips log(p) where p is below 2e-16
     p, onehot = logits.softmax(1).numpy(), np.eye(C)[labels.numpy()]
     assert brier_score(logits, labels) == pytest.approx(C * mean_squared_error(onehot, p), abs=1e-12)
-    if C > 1: assert negative_log_likelihood(logits, labels) == pytest.approx(log_loss(labels, p, labels=range(C)), abs=1e-12)
-    else: assert negative_log_likelihood(logits, labels) == 0
+    if C > 1:
+        assert negative_log_likelihood(logits, labels) == pytest.approx(
+            log_loss(labels, p, labels=range(C)), abs=1e-12)
+    else:
+        assert negative_log_likelihood(logits, labels) == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -111,9 +134,11 @@ def test_permuting_classes_changes_nothing(seed, n, C, scale):
     (p, guess), (q, guess_renamed) = confidences(logits), confidences(renamed)
     torch.testing.assert_close(p, q, atol=1e-12, rtol=0)
     assert torch.equal(new[guess], guess_renamed)
-    for f in (negative_log_likelihood, brier_score): assert f(renamed, relabelled) == pytest.approx(f(logits, labels), rel=1e-12, abs=1e-12)
+    for f in (negative_log_likelihood, brier_score):
+        assert f(renamed, relabelled) == pytest.approx(f(logits, labels), rel=1e-12, abs=1e-12)
     p = logits.softmax(1)
-    assert classwise_calibration_error(p[:, new.argsort()], relabelled) == pytest.approx(classwise_calibration_error(p, labels), abs=1e-12)
+    assert classwise_calibration_error(p[:, new.argsort()], relabelled) == pytest.approx(
+        classwise_calibration_error(p, labels), abs=1e-12)
 
 
 def test_drawn_labels_are_calibrated_and_sharper_logits_are_not():
@@ -128,8 +153,10 @@ def test_blocks_of_rows_give_the_same_numbers(monkeypatch):
     logits, labels = case(0, 50, 7, 3.)
     def numbers():
         p, guess = confidences(logits)
-        return torch.cat([p, guess.double()]).tolist() + [negative_log_likelihood(logits, labels), brier_score(logits, labels),
-                                                          classwise_calibration_error(logits.softmax(1), labels)]
+        return torch.cat([p, guess.double()]).tolist() + [
+            negative_log_likelihood(logits, labels),
+            brier_score(logits, labels),
+            classwise_calibration_error(logits.softmax(1), labels)]
     whole, blocks = numbers(), calibration._blocks
     seen = []
     monkeypatch.setattr(calibration, '_blocks', lambda x: seen.append(len(list(blocks(x, 30)))) or blocks(x, 30))
@@ -143,12 +170,14 @@ def test_half_precision_is_measured_in_float32(dtype):
     half = logits.to(dtype)
     confidence, _ = confidences(half)
     assert confidence.dtype == torch.float32 and torch.equal(confidence, half.float().softmax(1).amax(1))
-    for f in (negative_log_likelihood, brier_score): assert f(half, labels) == pytest.approx(f(half.float(), labels), rel=1e-12)
+    for f in (negative_log_likelihood, brier_score):
+        assert f(half, labels) == pytest.approx(f(half.float(), labels), rel=1e-12)
 
 
 def test_prediction_comes_from_the_logits():
     logits = torch.tensor([[0., 1e-9]])
-    assert logits.softmax(1).unique().numel() == 1 and confidences(logits)[1].item() == 1  # the softmax cannot tell them apart
+    # the softmax cannot tell them apart
+    assert logits.softmax(1).unique().numel() == 1 and confidences(logits)[1].item() == 1
 
 
 def test_a_hopeless_model_has_an_infinite_likelihood():
@@ -156,14 +185,19 @@ def test_a_hopeless_model_has_an_infinite_likelihood():
     assert classwise_calibration_error(torch.tensor([[1., 0]]), torch.tensor([1])) == 1
 
 
-@pytest.mark.parametrize('confidence, correct', [([], []), ([0.5], [1, 0]), ([[0.5]], [[1]]), ([-0.1], [1]), ([1.1], [1]), ([math.nan], [1])])
+@pytest.mark.parametrize(
+    'confidence, correct',
+    [([], []), ([0.5], [1, 0]), ([[0.5]], [[1]]), ([-0.1], [1]), ([1.1], [1]), ([math.nan], [1])])
 def test_bad_pairs_are_refused(confidence, correct):
     for f in (calibration_bins, calibration_error, adaptive_calibration_error):
-        with pytest.raises(UserError): f(confidence, correct)
+        with pytest.raises(UserError):
+            f(confidence, correct)
 
 
 def test_other_mistakes_are_refused():
     with pytest.raises(UserError, match='norm'): calibration_error([0.5], [1], norm='l2')
-    with pytest.raises(UserError, match='softmax'): classwise_calibration_error(torch.tensor([[3., -1]]), torch.tensor([0]))
-    with pytest.raises(UserError, match='softmax'): classwise_calibration_error(torch.tensor([[math.nan, 0]]), torch.tensor([0]))
+    with pytest.raises(UserError, match='softmax'):
+        classwise_calibration_error(torch.tensor([[3.0, -1]]), torch.tensor([0]))
+    with pytest.raises(UserError, match='softmax'):
+        classwise_calibration_error(torch.tensor([[math.nan, 0]]), torch.tensor([0]))
     with pytest.raises(UserError, match='diverged'): confidences(torch.tensor([[math.inf, 0]]))

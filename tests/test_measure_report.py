@@ -12,8 +12,22 @@ from ltbook.data.profile import long_tail_counts, shot_groups
 from ltbook.measure.calibration import calibration_error, confidences
 from ltbook.measure.report import measures, protocol
 
-KEYS = ['top1', 'many', 'medium', 'few', 'ece15', 'mce15', 'aece15', 'cwece15', 'ece15_many', 'ece15_medium', 'ece15_few',
-        'nll', 'brier', 'per_class', 'n']
+KEYS = [
+    'top1',
+    'many',
+    'medium',
+    'few',
+    'ece15',
+    'mce15',
+    'aece15',
+    'cwece15',
+    'ece15_many',
+    'ece15_medium',
+    'ece15_few',
+    'nll',
+    'brier',
+    'per_class',
+    'n']
 
 
 def case(seed, n, C):
@@ -23,7 +37,11 @@ def case(seed, n, C):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 60), C=st.integers(2, 12), rule=st.sampled_from(['100/20', 'oltr', 'thirds']))
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 60),
+    C=st.integers(2, 12),
+    rule=st.sampled_from(['100/20', 'oltr', 'thirds']))
 def test_report_holds_what_json_can_hold(seed, n, C, rule):
     logits, labels, counts = case(seed, n, C)
     result, groups = measures(logits, labels, counts, rule), shot_groups(counts, rule)
@@ -34,8 +52,10 @@ def test_report_holds_what_json_can_hold(seed, n, C, rule):
         known = [result['per_class'][k] for k in ids if result['per_class'][k] is not None]
         member = np.isin(labels, ids)
         assert result[name] == (pytest.approx(np.mean(known)) if known else None)
-        assert result[f'ece15_{name}'] == (pytest.approx(calibration_error(confidence[member], (guess == labels)[member])) if known else None)
-    assert protocol(labels, counts, rule) == dict(shot_rule=rule, group_sizes={k: len(v) for k, v in groups.items()}, bins=15, n_test=n)
+        assert result[f'ece15_{name}'] == (
+            pytest.approx(calibration_error(confidence[member], (guess == labels)[member])) if known else None)
+    assert protocol(labels, counts, rule) == dict(
+        shot_rule=rule, group_sizes={k: len(v) for k, v in groups.items()}, bins=15, n_test=n)
 
 
 @settings(max_examples=25, deadline=None)
@@ -46,13 +66,18 @@ def test_permuting_classes_changes_only_the_order(seed, n, C):
     old = new.argsort()
     before, after = measures(logits, labels, counts), measures(logits[:, old], new[labels], counts[old])
     assert after.pop('per_class') == [before['per_class'][k] for k in old]
-    for k, v in after.items(): assert v == (v if before[k] is None and v is None else pytest.approx(before[k], abs=1e-12))
+    for k, v in after.items():
+        assert v == (v if before[k] is None and v is None else pytest.approx(before[k], abs=1e-12))
 
 
 def test_arrays_tensors_and_single_precision_agree():
     logits, labels, counts = case(0, 80, 6)
-    a, b, c = (measures(z, y, n) for z, y, n in ((logits, labels, counts), (logits.numpy(), labels.numpy().astype('int32'), counts.tolist()),
-                                                (logits.float(), labels, torch.tensor(counts))))
+    a, b, c = (
+        measures(z, y, n)
+        for z, y, n in (
+            (logits, labels, counts),
+            (logits.numpy(), labels.numpy().astype('int32'), counts.tolist()),
+            (logits.float(), labels, torch.tensor(counts))))
     assert a == b
     for k in KEYS: assert c[k] == pytest.approx(a[k], abs=1e-5)
 
@@ -85,11 +110,17 @@ def test_infinite_likelihood_becomes_none():
 
 def test_mistakes_are_refused():
     logits, labels, counts = case(2, 10, 4)
-    for bad in [(logits * math.nan, labels, counts), (logits, labels, counts[:3]), (logits, labels, counts, 'half'), (logits[:5], labels, counts)]:
-        with pytest.raises(UserError): measures(*bad)
+    for bad in [
+        (logits * math.nan, labels, counts),
+        (logits, labels, counts[:3]),
+        (logits, labels, counts, 'half'),
+        (logits[:5], labels, counts)]:
+        with pytest.raises(UserError):
+            measures(*bad)
 
 
 def test_import_is_light():
     heavy = "[m for m in ('sklearn', 'torchmetrics', 'matplotlib', 'seaborn', 'scipy') if m in sys.modules]"
-    code = f"import sys, torch, pandas; before = {heavy}; import ltbook.measure.report; assert {heavy} == before, {heavy}"
+    code = (f"import sys, torch, pandas; before = {heavy}; import "
+            f"ltbook.measure.report; assert {heavy} == before, {heavy}")
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,4 +1,5 @@
-"The exported package and the notebooks agree, the notebooks are clean and say nothing of the machine they were written on"
+("The exported package and the notebooks agree, the notebooks are clean "
+ "and say nothing of the machine they were written on")
 import json
 import re
 import shutil
@@ -23,7 +24,10 @@ def copy(to):
 
 
 def nbdev(module, function, folder):
-    subprocess.run([sys.executable, '-c', f'import nbdev.{module} as m; m.{function}.__wrapped__()'], cwd=folder, check=True)
+    subprocess.run(
+        [sys.executable, '-c', f'import nbdev.{module} as m; m.{function}.__wrapped__()'],
+        cwd=folder,
+        check=True)
 
 
 def texts(folder): return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob('*.py'))}
@@ -56,10 +60,21 @@ def test_page(path):
     ids = [c['id'] for c in nb['cells']]
     assert len(ids) == len(set(ids))
     assert nb['metadata']['kernelspec']['name'] == 'python3'
-    assert re.match(r'# .+\n\n> .+', ''.join(nb['cells'][0]['source'])), 'a page opens with a title and a one-line subtitle'
+    assert re.match(r'# .+\n\n> .+', ''.join(nb['cells'][0]['source'])), (
+        'a page opens with a title and a one-line subtitle')
     assert path.stat().st_size < 300_000
     found = [m.group() for m in ABSOLUTE.finditer(re.sub(r'"image/png": "[^"]*"', '', path.read_text()))]
     assert not found, f'paths of a machine: {found}'
+
+
+@pytest.mark.parametrize('path', [*NBS, *sorted((ROOT/'tests').rglob('*.py')), ROOT/'setup.py'], ids=lambda p: p.stem)
+def test_lines(path):
+    "Code has lines of at most 120 characters"
+    if path.suffix == '.py': lines = path.read_text().splitlines()
+    else:
+        code = (c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
+        lines = [line for c in code for line in ''.join(c['source']).splitlines()]
+    assert not [line for line in lines if len(line) > 120]
 
 
 def test_readme_is_filled_in():

@@ -10,15 +10,21 @@ import pytest
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.runs import seeds
-from ltbook.runs.seeds import run_packed
+from ltbook.studies import seeds
+from ltbook.studies.seeds import run_packed
 from ltbook.train.pack import Pack, together
 
 
 def logits(folder): return load_run(folder).predictions['logits']
 
 
-@pytest.mark.parametrize('method, changes', [('mislas', {}), ('dirmixe', dict(epochs=3)), ('difficulty_net', {}), ('balanced_softmax', dict(first_side=4, epochs=3))])
+@pytest.mark.parametrize(
+    'method, changes',
+    [
+        ('mislas', {}),
+        ('dirmixe', dict(epochs=3)),
+        ('difficulty_net', {}),
+        ('balanced_softmax', dict(first_side=4, epochs=3))])
 def test_packed_runs_are_those_alone(tmp_path, method, changes):
     "Two stages, draws, a look ahead with a network of its own, growing images; to the last bit"
     recipes = {s: recipe(method, profile='smoke', seed=s, **changes) for s in (3, 4)}
@@ -36,7 +42,8 @@ def test_a_run_that_goes_on_meets_one_that_begins(tmp_path):
         if row['epoch'] == 0: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): run(recipes[0], tmp_path/'packed', device='cpu', report=kill)
     packed = run_packed(recipes, tmp_path/'packed', device='cpu')
-    for s, r in recipes.items(): assert np.array_equal(logits(packed[s]), logits(run(r, tmp_path/'alone', device='cpu')))
+    for s, r in recipes.items():
+        assert np.array_equal(logits(packed[s]), logits(run(r, tmp_path/'alone', device='cpu')))
 
 
 def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
@@ -53,7 +60,8 @@ def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
     def uncaptured():
         while time.monotonic() - began < 30: time.sleep(.01); pack.check()
     threading.Timer(.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt): together([uncaptured, uncaptured], pack)                 # while a run keeps the turn
+    # while a run keeps the turn
+    with pytest.raises(KeyboardInterrupt): together([uncaptured, uncaptured], pack)
     assert time.monotonic() - began < 20 and not [t for t in threading.enumerate() if t.name.endswith('(work)')]
 
     def broken(seed, row):
@@ -61,14 +69,26 @@ def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
     first = run_packed(recipes, tmp_path/'packed', device='cpu', report=broken)
     assert first[0].name.startswith('0-') and isinstance(first[1], OSError)
     second = run_packed(recipes, tmp_path/'packed', device='cpu')
-    for s, r in recipes.items(): assert np.array_equal(logits(second[s]), logits(run(r, tmp_path/'alone', device='cpu')))
+    for s, r in recipes.items():
+        assert np.array_equal(logits(second[s]), logits(run(r, tmp_path/'alone', device='cpu')))
 
 
 def test_the_command_packs_where_it_should(tmp_path, monkeypatch, capsys):
     "Trained in this process, then one command a seed for what is left to do"
     from rich.console import Console
     monkeypatch.setattr(seeds, 'packs', lambda device: True)
-    words = dict(method='cross_entropy', dataset='digits', imbalance=None, profile='smoke', seed=None, epochs=None, precision=None, data_root=None, out=str(tmp_path), device='cpu', start=None)
+    words = dict(
+        method='cross_entropy',
+        dataset='digits',
+        imbalance=None,
+        profile='smoke',
+        seed=None,
+        epochs=None,
+        precision=None,
+        data_root=None,
+        out=str(tmp_path),
+        device='cpu',
+        start=None)
     commands = []
     monkeypatch.setattr(seeds, 'run_all', lambda c, logs, *more: commands.append(sorted(c)) or dict.fromkeys(c, 0))
     folders = seeds.cli_seeds('0,1', words, {}, [], True, Console(width=120))
@@ -83,6 +103,18 @@ def test_no_pack_where_nobody_wants_one(tmp_path, monkeypatch):
     monkeypatch.setattr(seeds, 'run_packed', lambda *a: pytest.fail('a pack was made'))
     commands = []
     monkeypatch.setattr(seeds, 'run_all', lambda c, logs, *more: commands.append(c) or dict.fromkeys(c, 0))
-    words = dict(method='cross_entropy', dataset='digits', imbalance=None, profile='smoke', seed=None, epochs=None, precision=None, data_root=None, out=str(tmp_path), device='cpu', start=None)
+    words = dict(
+        method='cross_entropy',
+        dataset='digits',
+        imbalance=None,
+        profile='smoke',
+        seed=None,
+        epochs=None,
+        precision=None,
+        data_root=None,
+        out=str(tmp_path),
+        device='cpu',
+        start=None)
     seeds.cli_seeds('0,1', words, dict(capture=False), ['capture=false'], True, Console(width=120))
-    assert [sorted(c) for c in commands] == [[0, 1]] and all('capture=false' in ' '.join(map(str, c)) for c in commands[0].values())
+    assert [sorted(c) for c in commands] == [[0, 1]] and all(
+        'capture=false' in ' '.join(map(str, c)) for c in commands[0].values())

@@ -26,7 +26,8 @@ ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', COLUMNS='160'
 CLI = [sys.executable, '-c', 'from ltbook.cli.main import main; main()']
 
 
-def ltbook(*words, cwd=None): return subprocess.run([*CLI, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True)
+def ltbook(*words, cwd=None):
+    return subprocess.run([*CLI, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True)
 
 
 @pytest.fixture(scope='module')
@@ -40,8 +41,21 @@ def test_metrics_have_the_promised_names(smoke):
     m = smoke[0].metrics
     assert list(m) == ['stage1', 'stage2', 'final', 'protocol']
     for s in ('stage1', 'stage2', 'final'):
-        assert {'top1', 'many', 'medium', 'few', 'ece15', 'nll', 'brier', 'bins', 'per_class', 'best_on_test'} <= set(m[s]) and 0 <= m[s]['top1'] <= 1
-    assert m['protocol']['shot_rule'] == '100/20' and m['protocol']['selection'] == 'last' and m['protocol']['bins'] == 15
+        assert {
+            'top1',
+            'many',
+            'medium',
+            'few',
+            'ece15',
+            'nll',
+            'brier',
+            'bins',
+            'per_class',
+            'best_on_test'} <= set(m[s]) and 0 <= m[s]['top1'] <= 1
+    assert (
+        m['protocol']['shot_rule'] == '100/20'
+        and m['protocol']['selection'] == 'last'
+        and m['protocol']['bins'] == 15)
     assert all(m['final'][k] == m['stage2'][k] for k in m['stage2'])
 
 
@@ -119,12 +133,27 @@ def test_truncated_training_state_is_told(tmp_path):
     assert np.array_equal(again.predictions['logits'], load_run(run(r, tmp_path/'whole')).predictions['logits'])
 
 
-@pytest.mark.parametrize('words, says', [
-    (('mislsa',), 'mislas'), (('mislas', 'cifra100'), 'cifar100'), (('mislas', '--set', 'weight_deca=1'), 'weight_decay'), (('mislas', '--set', 'lr=fast'), 'lr'),
-    (('mislas', '--set', 'lr'), 'key=value'), (('mislas', '--imbalance', '0.5'), 'imbalance'), (('mislas', '--imbalance', '500'), 'without images'), (('mislas', '--device', 'gpu'), 'device'),
-    (('mislas', '--imbalance', '1'), 'equal'), (('mislas', '--set', 'batch_size=9999'), 'batch_size'), (('mislas', 'places_lt'), 'large-scale'), (('mislas', '--from', 'nothing'), 'no run'),
-    (('mislas', 'cifar100', '--imbalance', '-1'), 'imbalance'), (('mislas', '--set', 'imbalance=50'), '--imbalance'), (('mislas', '--seed', '2', '--set', 'seed=3'), 'twice'), (('mislas', '--set', 'stage2_epochs=-1'), 'stage2_epochs'),
-    (('mislas', '--set', 'lr=Infinity'), 'lr'), (('mislas', '--set', 'epochs=true'), 'epochs')])
+@pytest.mark.parametrize(
+    'words, says',
+    [
+        (('mislsa',), 'mislas'),
+        (('mislas', 'cifra100'), 'cifar100'),
+        (('mislas', '--set', 'weight_deca=1'), 'weight_decay'),
+        (('mislas', '--set', 'lr=fast'), 'lr'),
+        (('mislas', '--set', 'lr'), 'key=value'),
+        (('mislas', '--imbalance', '0.5'), 'imbalance'),
+        (('mislas', '--imbalance', '500'), 'without images'),
+        (('mislas', '--device', 'gpu'), 'device'),
+        (('mislas', '--imbalance', '1'), 'equal'),
+        (('mislas', '--set', 'batch_size=9999'), 'batch_size'),
+        (('mislas', 'places_lt'), 'large-scale'),
+        (('mislas', '--from', 'nothing'), 'no run'),
+        (('mislas', 'cifar100', '--imbalance', '-1'), 'imbalance'),
+        (('mislas', '--set', 'imbalance=50'), '--imbalance'),
+        (('mislas', '--seed', '2', '--set', 'seed=3'), 'twice'),
+        (('mislas', '--set', 'stage2_epochs=-1'), 'stage2_epochs'),
+        (('mislas', '--set', 'lr=Infinity'), 'lr'),
+        (('mislas', '--set', 'epochs=true'), 'epochs')])
 def test_mistakes_exit_2_with_one_sentence(tmp_path, words, says):
     p = CliRunner().invoke(app, ['run', *words, '--out', str(tmp_path/'out')], env=dict(COLUMNS='160'))
     assert p.exit_code == 2 and says in p.output and 'Traceback' not in p.output
@@ -148,18 +177,38 @@ def test_own_pictures(tmp_path):
     g = np.random.default_rng(0)
     for name, n in dict(cat=30, dog=12, eel=6).items():
         (tmp_path/'pictures'/name).mkdir(parents=True)
-        for i in range(n): Image.fromarray(g.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path/'pictures'/name/f'{i}.png')
+        for i in range(n):
+            Image.fromarray(g.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+                tmp_path/'pictures' / name/f'{i}.png')
     root = ['--data-root', str(tmp_path/'data')]
     p = CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'pets', '--size', '16', *root])
     assert p.exit_code == 0 and (tmp_path/'data'/'pets.h5').exists(), p.output
-    p = CliRunner().invoke(app, ['run', 'mislas', 'pets', '--profile', 'smoke', '--set', 'batch_size=16', '--bare', '--out', str(tmp_path/'out'), *root])
+    p = CliRunner().invoke(
+        app,
+        [
+            'run',
+            'mislas',
+            'pets',
+            '--profile',
+            'smoke',
+            '--set',
+            'batch_size=16',
+            '--bare',
+            '--out',
+            str(tmp_path/'out'),
+            *root])
     assert p.exit_code == 0, p.output
     r = find_runs(tmp_path/'out')[0]
-    assert r.recipe.imbalance is None and r.predictions['train_counts'].tolist() == [24, 10, 5] and r.metrics['final']['n'] == 9
+    assert (
+        r.recipe.imbalance is None
+        and r.predictions['train_counts'].tolist() == [24, 10, 5]
+        and r.metrics['final']['n'] == 9)
     again = CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'cifar10', *root])
     assert again.exit_code == 2, 'the name of a built-in data set is refused'
     for more, code in (([], 2), (['--force', '--size', '0'], 2), (['--force'], 0)):
-        assert CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'pets', *more, *root]).exit_code == code, more
+        assert (
+            CliRunner().invoke(app, ['import', str(tmp_path/'pictures'), 'pets', *more, *root]).exit_code
+            == code), more
 
 
 def test_damaged_data(tmp_path):
@@ -174,7 +223,11 @@ def test_through_the_notebook(tmp_path):
     p = ltbook('run', 'balanced_softmax', '--profile', 'smoke', '--out', 'out', cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     r = find_runs(tmp_path/'out')[0]
-    assert (r.path/'run.ipynb').exists() and {f.name for f in (r.path/'figures').iterdir()} == {'profile.png', 'history.png', 'reliability.png', 'shot_accuracy.png'}
+    assert (r.path/'run.ipynb').exists() and {f.name for f in (r.path/'figures').iterdir()} == {
+        'profile.png',
+        'history.png',
+        'reliability.png',
+        'shot_accuracy.png'}
     assert str(tmp_path) not in (r.path/'run.ipynb').read_text() and 'run.ipynb' in p.stdout
     assert not list(r.path.glob('.*')) and not (r.path/'progress.json').exists()
     again = ltbook('run', 'balanced_softmax', '--profile', 'smoke', '--out', 'out', cwd=tmp_path)
@@ -196,10 +249,20 @@ def test_plain_papermill_from_anywhere(tmp_path):
     here = os.getcwd()
     try:
         os.chdir(tmp_path)
-        papermill.execute_notebook(str(NOTEBOOK), 'good.ipynb', dict(method='mixup', out='runs', mixup_alpha=.5), progress_bar=False, kernel_name='python3')
+        papermill.execute_notebook(
+            str(NOTEBOOK),
+            'good.ipynb',
+            dict(method='mixup', out='runs', mixup_alpha=0.5),
+            progress_bar=False,
+            kernel_name='python3')
         assert find_runs('runs')[0].recipe.mixup_alpha == .5
         with pytest.raises(papermill.PapermillExecutionError, match='mixup_alpha'):
-            papermill.execute_notebook(str(NOTEBOOK), 'bad.ipynb', dict(method='mixup', out='other', mixup_alhpa=.5), progress_bar=False, kernel_name='python3')
+            papermill.execute_notebook(
+                str(NOTEBOOK),
+                'bad.ipynb',
+                dict(method='mixup', out='other', mixup_alhpa=0.5),
+                progress_bar=False,
+                kernel_name='python3')
         assert not Path('other').exists(), 'refused before training'
     finally: os.chdir(here)
 
@@ -208,7 +271,12 @@ def test_plain_papermill_from_anywhere(tmp_path):
 def test_analysis_on_nothing(tmp_path, page):
     papermill = pytest.importorskip('papermill')
     os.environ['PYTHONPATH'] = str(ROOT)
-    nb = papermill.execute_notebook(str(ROOT/'nbs'/'analysis'/f'{page}.ipynb'), str(tmp_path/'out.ipynb'), dict(outputs=str(tmp_path/'none')), progress_bar=False, kernel_name='python3')
+    nb = papermill.execute_notebook(
+        str(ROOT/'nbs' / 'analysis' / f'{page}.ipynb'),
+        str(tmp_path/'out.ipynb'),
+        dict(outputs=str(tmp_path/'none')),
+        progress_bar=False,
+        kernel_name='python3')
     assert 'Make one with' in json.dumps(nb)
 
 
@@ -223,4 +291,8 @@ def test_real_cifar_smoke(tmp_path):
     if not (data_root()/'cifar100.h5').exists(): pytest.skip('cifar100.h5 is not in LTBOOK_DATA')
     r = load_run(run(recipe('mislas', 'cifar100', 100, 'smoke'), tmp_path))
     counts = r.predictions['train_counts']
-    assert counts.sum() == 10_847 and counts[0] == 500 and counts[-1] == 5 and r.metrics['protocol']['group_sizes'] == dict(many=35, medium=35, few=30)
+    assert (
+        counts.sum() == 10_847
+        and counts[0] == 500
+        and counts[-1] == 5
+        and r.metrics['protocol']['group_sizes'] == dict(many=35, medium=35, few=30))

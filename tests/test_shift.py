@@ -19,19 +19,31 @@ from ltbook.measure.label_shift import estimate_prior, replace_prior
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.runs.shift import cli_shift, collect_shifts, make_shifts, shift, shift_summary
+from ltbook.studies.shift import cli_shift, collect_shifts, make_shifts, shift, shift_summary
 
 
 def tail(n, c, r): return [int(n*(1/r)**(k/(c - 1))) for k in range(c)]
 
 
-@pytest.mark.parametrize('classes,n,n_train,totals', [(10, 1000, 5000, (2478, 2795, 3229, 4084, 5081, 7241)), (100, 100, 500, (2131, 2486, 2956, 3876, 4932, 7166))])
+@pytest.mark.parametrize(
+    'classes,n,n_train,totals',
+    [
+        (10, 1000, 5000, (2478, 2795, 3229, 4084, 5081, 7241)),
+        (100, 100, 500, (2131, 2486, 2956, 3876, 4932, 7166))])
 def test_published_sizes(classes, n, n_train, totals):
     labels, train = np.repeat(np.arange(classes), n), tail(n_train, classes, 100)
     for R, total in zip(RATIOS, totals):
         f, b = (ratio_shift(labels, train, k, R) for k in ('forward', 'backward'))
-        assert len(f) == len(b) == total and (f.counts[::-1] == b.counts).all() and f.counts.tolist() == tail(n, classes, R)
-    assert [s.name for s in ratio_shifts(labels, train, (2, 10))] == ['forward-10', 'forward-2', 'uniform', 'backward-2', 'backward-10']
+        assert (
+            len(f) == len(b) == total
+            and (f.counts[::-1] == b.counts).all()
+            and f.counts.tolist() == tail(n, classes, R))
+    assert [s.name for s in ratio_shifts(labels, train, (2, 10))] == [
+        'forward-10',
+        'forward-2',
+        'uniform',
+        'backward-2',
+        'backward-10']
 
 
 @given(classes=st.integers(2, 12), n=st.integers(1, 40), ratio=st.floats(1, 200), seed=st.integers(0, 99))
@@ -39,8 +51,11 @@ def test_published_sizes(classes, n, n_train, totals):
 def test_any_balanced_set_can_be_shifted(classes, n, ratio, seed):
     r = np.random.default_rng(seed)
     labels, train = r.permutation(np.repeat(np.arange(classes), n)), r.permutation(classes) + 1
-    for s in (*(ratio_shift(labels, train, k, ratio, seed) for k in ('forward', 'backward')), *(dirichlet_shift(labels, train, k, 1, ratio, seed=seed) for k in ('forward', 'uniform', 'backward'))):
-        assert len(set(s.indices)) == len(s.indices) and np.array_equal(np.bincount(labels[s.indices], minlength=classes), s.counts)
+    for s in (
+        *(ratio_shift(labels, train, k, ratio, seed) for k in ('forward', 'backward')),
+        *(dirichlet_shift(labels, train, k, 1, ratio, seed=seed) for k in ('forward', 'uniform', 'backward'))):
+        assert len(set(s.indices)) == len(s.indices) and np.array_equal(
+            np.bincount(labels[s.indices], minlength=classes), s.counts)
         assert 1 <= s.counts.min() and s.counts.max() <= n
         d = s.to_dict()
         json.dumps(d)
@@ -73,30 +88,42 @@ def test_replay_by_an_independent_generator():
                     images += array[:m].tolist()
                 sets.append((counts, images))
             s = next(got)
-            assert s.counts.tolist() == sets[2][0] and s.indices.tolist() == sets[2][1] and s.adapt_indices.tolist() == sets[1][1]
+            assert (
+                s.counts.tolist() == sets[2][0]
+                and s.indices.tolist() == sets[2][1]
+                and s.adapt_indices.tolist() == sets[1][1])
 
 
 def test_bad_shifts():
     labels = np.repeat(np.arange(3), 5)
     with pytest.raises(UserError, match='at least 1'): ratio_shift(labels, [3, 2, 1], 'forward', .99)
-    with pytest.raises(UserError, match='Class 1 has no test images'): ratio_shift(labels[labels != 1], [3, 2, 1], 'forward', 2)
+    with pytest.raises(UserError, match='Class 1 has no test images'):
+        ratio_shift(labels[labels != 1], [3, 2, 1], 'forward', 2)
     with pytest.raises(UserError, match='no test images'): dirichlet_shift(labels, [4, 3, 2, 1], 'forward', 0)
     with pytest.raises(UserError, match='0..1'): ratio_shift(labels, [2, 1], 'forward', 2)
     with pytest.raises(UserError, match='component'): ratio_shift(labels, [3, 2, 1], 'sideways', 2)
-    with pytest.raises(UserError, match='concentration'): dirichlet_shift(labels, [3, 2, 1], 'forward', 0, concentration=-1.)
+    with pytest.raises(UserError, match='concentration'):
+        dirichlet_shift(labels, [3, 2, 1], 'forward', 0, concentration=-1.0)
 
 
 def test_colours_as_torchvision():
     x = torch.rand(6, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     x[0] = x[0, :1]                                                 # a grey image
     f = torch.tensor([.6, .8, 1., 1.1, 1.3, 1.4])
-    for name, tv in (('brightness', TF.adjust_brightness), ('contrast', TF.adjust_contrast), ('saturation', TF.adjust_saturation)):
+    for name, tv in (
+        ('brightness', TF.adjust_brightness),
+        ('contrast', TF.adjust_contrast),
+        ('saturation', TF.adjust_saturation)):
         want = torch.stack([tv(i, v) for i, v in zip(x, f.tolist())])
         assert torch.allclose(JITTERS[name](x, f.view(-1, 1, 1, 1)), want, atol=1e-5), name
     want = torch.stack([TF.adjust_hue(i, v) for i, v in zip(x, (f - 1).div(4).tolist())])
     assert torch.allclose(JITTERS['hue'](x, (f - 1).div(4).view(-1, 1, 1, 1)), want, atol=1e-4)
     assert torch.allclose(grey(x), TF.rgb_to_grayscale(x), atol=1e-6)
-    inner = torch.stack([TF.gaussian_blur(i, 13, s) for i, s in zip(torch.nn.functional.pad(x, (12,)*4, mode='replicate'), f.tolist())])[:, :, 12:-12, 12:-12]
+    inner = torch.stack(
+        [
+            TF.gaussian_blur(i, 13, s)
+            for i, s in zip(torch.nn.functional.pad(x, (12,) * 4, mode='replicate'), f.tolist())]
+    )[:, :, 12:-12, 12:-12]
     assert torch.allclose(blur(x, f), inner, atol=1e-5)
 
 
@@ -118,7 +145,8 @@ def test_views_image_by_image():
         assert (got[i] - x).abs().max() < .51/255 + 2e-4, i
     some = np.array([4, 17, 4])
     assert torch.allclose(views(some)['x'], got[some], atol=1e-6)
-    assert {k: bool(v.any()) for k, v in d.items() if v.dtype == torch.bool} == dict(flip=True, jitter=True, grey=True, blur=True)
+    assert {k: bool(v.any()) for k, v in d.items() if v.dtype == torch.bool} == dict(
+        flip=True, jitter=True, grey=True, blur=True)
 
 
 @given(n=st.integers(1, 30), c=st.integers(2, 6), seed=st.integers(0, 999))
@@ -170,7 +198,8 @@ def test_learning_stops_when_an_expert_is_gone():
 
 
 def test_experts_find_their_test_set():
-    "Linear experts on separable noise: the first is best on a forward set, the third on a backward set, and the weights lean there"
+    ("Linear experts on separable noise: the first is best on a forward set, the "
+     "third on a backward set, and the weights lean there")
     r, g = np.random.default_rng(0), torch.Generator().manual_seed(0)
     centres, n = 1.2*torch.randn(8, 12, generator=g), np.array(tail(400, 8, 50))
     def sample(counts):
@@ -194,7 +223,9 @@ def test_experts_find_their_test_set():
         accuracy = lambda z: (z.argmax(1) == y).double().mean().item()
         alone = [accuracy(e[:, k]) for k in range(3)]
         found[name] = m.weights
-        assert np.argmax(alone) != (2 if name == 'forward' else 0) and alone[0 if name == 'forward' else 2] > alone[2 if name == 'forward' else 0]
+        assert (
+            np.argmax(alone) != (2 if name == 'forward' else 0)
+            and alone[0 if name == 'forward' else 2] > alone[2 if name == 'forward' else 0])
         assert accuracy(mix(e, m.weights)) >= accuracy(e.mean(1)) - .01
     assert found['forward'][0] > found['backward'][0] and found['backward'][2] > found['forward'][2]
 
@@ -209,13 +240,22 @@ def test_shift_of_any_run(runs):
     for method, path in runs.items():
         text = '\n'.join(cli_shift(path, ratios=(10, 2), draws=2, device='cpu'))
         t = pd.read_csv(path/'shift'/'accuracy.csv')
-        assert t['shift'].nunique() == 5 + 6 and ('adapted' in set(t.answer)) == (method == 'sade') == (path/'shift'/'weights.csv').exists()
-        assert 'backward-10' in text and (path/'shift'/'shift.png').exists() and json.loads((path/'shift'/'settings.json').read_text())['draws'] == 2
+        assert (
+            t['shift'].nunique() == 5 + 6
+            and ('adapted' in set(t.answer)) == (method == 'sade') == (path/'shift' / 'weights.csv').exists())
+        assert (
+            'backward-10' in text
+            and (path/'shift' / 'shift.png').exists()
+            and json.loads((path/'shift' / 'settings.json').read_text())['draws'] == 2)
         r = load_run(path)
         whole = t[(t['shift'] == 'uniform') & (t.answer == 'as is')].iloc[0]
-        assert whole.top1 == pytest.approx(r.metrics['final']['top1']) and whole.few == pytest.approx(r.metrics['final']['few']) and whole.n == 500
+        assert (
+            whole.top1 == pytest.approx(r.metrics['final']['top1'])
+            and whole.few == pytest.approx(r.metrics['final']['few'])
+            and whole.n == 500)
         p, s = r.predictions, make_shifts(r.predictions['labels'], r.predictions['train_counts'], (10, 2), 2)[0]
-        assert t[(t['shift'] == s.name) & (t.answer == 'as is')].top1.item() == pytest.approx((p['logits'].argmax(1) == p['labels'])[s.indices].mean())
+        assert t[(t['shift'] == s.name) & (t.answer == 'as is')].top1.item() == pytest.approx(
+            (p['logits'].argmax(1) == p['labels'])[s.indices].mean())
         assert [d['sha256'] for d in json.loads((path/'shift'/'shifts.json').read_text())][0] == s.to_dict()['sha256']
     both = collect_shifts([load_run(p) for p in runs.values()])
     assert set(both.line) == {'sade', 'mislas'} and len(shift_summary(both[both.line == 'sade'])) == 9

@@ -17,7 +17,10 @@ from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, predict
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in (ROOT/'ltbook').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+MODULES = sorted(
+    '.'.join(p.relative_to(ROOT).with_suffix('').parts)
+    for p in (ROOT/'ltbook').rglob('*.py')
+    if p.name not in ('__init__.py', '_modidx.py'))
 
 
 def small(**changes):
@@ -131,7 +134,8 @@ def test_step_equals_a_plain_loop():
             opt.zero_grad()
             F.cross_entropy(net(b['x'].contiguous()), b['y']).backward()
             opt.step()
-    for (k, v), w in zip(net.state_dict().items(), context.network.state_dict().values()): assert torch.allclose(v.float(), w.float(), rtol=1e-3, atol=1e-4), k
+    for (k, v), w in zip(net.state_dict().items(), context.network.state_dict().values()):
+        assert torch.allclose(v.float(), w.float(), rtol=1e-3, atol=1e-4), k
 
 
 FORKS = """
@@ -154,7 +158,8 @@ sys.exit(', '.join(failed) or 0)
 
 
 def test_every_module_imports_alone():
-    "Each in a process that has seen no other module of ours; the training side without any plotting or notebook package"
+    ("Each in a process that has seen no other module of ours; the training "
+     "side without any plotting or notebook package")
     p = subprocess.run([sys.executable, '-u', '-c', FORKS, *MODULES], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout + p.stderr
 

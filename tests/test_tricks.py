@@ -1,4 +1,5 @@
-"Optimiser, sharpness-aware steps and averaged weights: by hand, resumed, and captured; and a recipe is all that changes"
+("Optimiser, sharpness-aware steps and averaged weights: by hand, "
+ "resumed, and captured; and a recipe is all that changes")
 import copy
 
 import numpy as np
@@ -16,8 +17,14 @@ from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch
 from ltbook.train.stage import Average
 
-TRICKS = [dict(optimizer='adamw', lr=1e-4), dict(sam_rho=.05), dict(average='ema', average_decay=.9), dict(average='swa', average_start=.25),
-          dict(loss='focal', mixup_alpha=1.), dict(loss='equalization'), dict(optimizer='adamw', lr=1e-4, sam_rho=.1, average='ema')]
+TRICKS = [
+    dict(optimizer='adamw', lr=1e-4),
+    dict(sam_rho=0.05),
+    dict(average='ema', average_decay=0.9),
+    dict(average='swa', average_start=0.25),
+    dict(loss='focal', mixup_alpha=1.0),
+    dict(loss='equalization'),
+    dict(optimizer='adamw', lr=1e-4, sam_rho=0.1, average='ema')]
 SMALL = dict(epochs=4, batch_size=64, max_steps=3)
 
 
@@ -48,8 +55,10 @@ def test_captured_is_plain(changes):
         step = captured_step(stage, optimizer, compute)
         assert (step is not None) == capture
         losses = [train_epoch(stage, e, optimizer, rng, compute, step=step)[0] for e in range(3)]
-        with stage.evaluated(): found.append((losses, torch.cat([p.detach().flatten() for p in stage.network.parameters()])))
-    near = 5e-4 if changes.get('optimizer') == 'adamw' else 1e-5      # its steps are as long for small gradients as for large ones
+        with stage.evaluated():
+            found.append((losses, torch.cat([p.detach().flatten() for p in stage.network.parameters()])))
+    # its steps are as long for small gradients as for large ones
+    near = 5e-4 if changes.get('optimizer') == 'adamw' else 1e-5
     np.testing.assert_allclose(found[0][0], found[1][0], atol=near)
     torch.testing.assert_close(found[0][1], found[1][1], atol=near, rtol=0)
 
@@ -74,7 +83,8 @@ def test_sharpness_by_hand():
     b.loss(moved(batch['x']), batch).backward()
     with torch.no_grad():
         for p, q in zip(b.network.parameters(), moved.parameters()): p -= .1*(q.grad + 2e-4*p)
-    for p, q in zip(a.network.parameters(), b.network.parameters()): torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    for p, q in zip(a.network.parameters(), b.network.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
     for k, v in statistics.items(): torch.testing.assert_close(a.network.state_dict()[k], v)
 
 
@@ -96,15 +106,22 @@ def test_the_average_is_what_is_tested_and_saved(kind, tmp_path):
     done = load_run(run(r, tmp_path, device='cpu'))
     assert done.metrics['protocol']['weights'] == f'{kind} average'
     from ltbook.runs.evaluate import evaluate
-    assert np.isclose(evaluate(done, weights=True, device='cpu').metrics['final']['nll'], done.metrics['final']['nll'], rtol=1e-5)
+    assert np.isclose(
+        evaluate(done, weights=True, device='cpu').metrics['final']['nll'],
+        done.metrics['final']['nll'],
+        rtol=1e-5)
     raw = load_run(run(r.model_copy(update=dict(average='none')), tmp_path, device='cpu'))
     assert raw.metrics['final']['nll'] != done.metrics['final']['nll'] and 'weights' not in raw.metrics['protocol']
 
 
 def test_what_a_method_does_not_use_is_refused():
-    for method, changes in (('sade', dict(mixup_alpha=1.)), ('dirmixe', dict(loss='focal')), ('difficulty_net', dict(sam_rho=.1)),
-                            ('supcon', dict(auto_augment=True))):
-        with pytest.raises(UserError, match=f'{method} does not use {next(iter(changes))}'): recipe(method, 'digits', **changes)
+    for method, changes in (
+        ('sade', dict(mixup_alpha=1.0)),
+        ('dirmixe', dict(loss='focal')),
+        ('difficulty_net', dict(sam_rho=0.1)),
+        ('supcon', dict(auto_augment=True))):
+        with pytest.raises(UserError, match=f'{method} does not use {next(iter(changes))}'):
+            recipe(method, 'digits', **changes)
 
 
 @pytest.mark.parametrize('method', ['mislas', 'crt', 'sade', 'class_balanced_experts', 'reweighting', 'supcon'])

@@ -21,17 +21,24 @@ def shift_(
     ratios: Annotated[str, typer.Option(help='Of forward and backward test sets, separated by commas.')] = '',
     draws: Annotated[int, typer.Option(help='Dirichlet test sets of every component; 0 for none.')] = 10,
     seed: Annotated[int, typer.Option(help='Of images, draws and views.')] = 0,
-    only: Annotated[Optional[list[str]], typer.Option(help='Name of a shift, e.g. forward-50; may be repeated.')] = None,
-    adapt: Annotated[bool, typer.Option(help='Learn the weights of experts from unlabelled test images.')] = True,
+    only: Annotated[
+        Optional[list[str]], typer.Option(help='Name of a shift, e.g. forward-50; may be repeated.')] = None,
+    adapt: Annotated[
+        bool, typer.Option(help='Learn the weights of experts from unlabelled test images.')] = True,
     reference: Annotated[bool, typer.Option('--reference', help='The published draws, to the bit.')] = False,
     precision: Annotated[str, typer.Option(help='fp32, or bf16 for the network on the views.')] = 'fp32',
-    data_root: Root = None, out: Out = Path('outputs'), device: Device = 'auto',
-):
+    data_root: Root = None,
+    out: Out = Path('outputs'),
+    device: Device = 'auto'):
     "Test a run under label shift: long-tailed, uniform and inversely long-tailed test sets."
     from ltbook.runs.folder import resolve_run
-    from ltbook.runs.shift import RATIOS, cli_shift
-    try: wanted = tuple(float(r) for r in ratios.split(',')) if ratios else RATIOS
-    except ValueError: raise UserError(f'--ratios takes numbers separated by commas, got {ratios!r}. For example: --ratios 50,10,2') from None
+    from ltbook.studies.shift import RATIOS, cli_shift
+
+    try:
+        wanted = tuple(float(r) for r in ratios.split(',')) if ratios else RATIOS
+    except ValueError:
+        raise UserError(
+            f'--ratios takes numbers separated by commas, got {ratios!r}. For example: --ratios 50,10,2') from None
     place = resolve_run(run, out).path
     with console.status('testing') if console.is_terminal else nullcontext() as status:
         show = (lambda done, of: status.update(f'{done} of {of} pairs of views')) if status else None
@@ -49,23 +56,28 @@ def _at(root: Path | None) -> str:
 def features_(
     run: Annotated[str, typer.Argument(help='A finished run, with its weights.')],
     stage: Annotated[Optional[str], typer.Option(help='After which stage; default: the first.')] = None,
-    folder: Annotated[Optional[Path], typer.Option(help='Where to; default: a folder among the data sets, named after the run.')] = None,
-    data_root: Root = None, out: Out = Path('outputs'), device: Device = 'auto',
-):
+    folder: Annotated[
+        Optional[Path],
+        typer.Option(help='Where to; default: a folder among the data sets, named after the run.')] = None,
+    data_root: Root = None,
+    out: Out = Path('outputs'),
+    device: Device = 'auto'):
     "Write what enters the classifier of a run, train and test, for methods that learn from features."
-    from ltbook.runs.features import export_features
+    from ltbook.studies.features import export_features
     from ltbook.runs.folder import resolve_run
+
     train, test = export_features(resolve_run(run, out), folder, stage, data_root, device)
     home = train.parent.parent if folder else data_root
-    console.print(f'wrote {train}\nwrote {test}\nuse them with: ltbook run dlsa {train.parent.name}{_at(home)}', soft_wrap=True)
+    console.print(
+        f'wrote {train}\nwrote {test}\nuse them with: ltbook run dlsa {train.parent.name}{_at(home)}',
+        soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #09b17ac8
 @app.command('doctor')
 def doctor_(
     what: Annotated[str, typer.Argument(help='data or features.')],
     file: Annotated[Path, typer.Argument(help='Name of a data set, or a feature file.')],
-    data_root: Root = None,
-):
+    data_root: Root = None):
     "Say what is wrong with a data set or a file, or what is in it."
     from ltbook.data.features import check_features, describe_features
     if one_of(what, ('data', 'features'), 'kind of file') == 'data':
@@ -87,8 +99,7 @@ def import_(
     background: Annotated[str, typer.Option(help='Colour behind transparent pixels and letterboxes.')] = 'white',
     skip_broken: Annotated[bool, typer.Option('--skip-broken', help='Leave broken pictures out, and list them.')] = False,
     force: Annotated[bool, typer.Option('--force', help='Replace a data set of that name.')] = False,
-    data_root: Root = None,
-):
+    data_root: Root = None):
     "Turn a folder of pictures into a data set, once."
     from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
@@ -100,11 +111,17 @@ def import_(
 # %% ../../nbs/cli/792_data.ipynb #13385b9d
 @app.command('bench')
 def bench_(
-    seconds: Annotated[float, typer.Option(help='For every measurement; the whole takes about 60 times as long.')] = 8.0,
-    only: Annotated[Optional[list[str]], typer.Option(help='Name of a row, or several with commas; may be repeated.')] = None,
-    out: Annotated[Optional[Path], typer.Option(help='Folder of the JSON file and the figure; default outputs/bench for the whole table.')] = None,
-    as_json: Annotated[bool, typer.Option('--json', help='Print JSON only.')] = False,
-):
+    seconds: Annotated[
+        float, typer.Option(help='For every measurement; the whole takes about 60 times as long.')] = 8.0,
+    only: Annotated[
+        Optional[list[str]], typer.Option(help='Name of a row, or several with commas; may be repeated.')
+    ] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help='Folder of the JSON file and the figure; default outputs/bench for the whole table.'),
+    ] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON only.')] = False):
     "Speed here: a plain way of doing things beside ours, row by row."
-    from ltbook.runs.bench import cli_bench
+    from ltbook.bench.table import cli_bench
+
     cli_bench(seconds, tuple(only or ()), out, as_json)

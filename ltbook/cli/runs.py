@@ -15,59 +15,110 @@ from ..data.checks import one_of
 
 # %% ../../nbs/cli/791_runs.ipynb #5f313fb6
 @app.command('list')
-def list_(
-    what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all',
-):
+def list_(what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all'):
     "Data sets, methods and published recipes, and where each comes from."
     from ltbook.data.images import DATASETS
     from ltbook.methods.method import methods
     one_of(what, ('all', 'datasets', 'methods', 'recipes'), 'list')
     known = {k: m for k, m in methods().items() if not m.hidden}
     if what in ('all', 'datasets'):
-        print_table('data sets', ('name', 'classes', 'usual imbalance'), [(k, d['n_classes'], d['imbalance']) for k, d in DATASETS.items()] + [('<name>.h5', 'any', 'as it is')])
-    if what in ('all', 'methods'): print_table('methods', ('name', 'what', 'from'), [(k, m.title, m.paper) for k, m in known.items()])
+        print_table(
+            'data sets',
+            ('name', 'classes', 'usual imbalance'),
+            [(k, d['n_classes'], d['imbalance']) for k, d in DATASETS.items()]
+            + [('<name>.h5', 'any', 'as it is')])
+    if what in ('all', 'methods'):
+        print_table('methods', ('name', 'what', 'from'), [(k, m.title, m.paper) for k, m in known.items()])
     if what in ('all', 'recipes'):
-        print_table('recipes', ('method', 'data set', 'imbalance', 'values of its own', 'from'),
-               [(k, p.dataset, p.imbalance or 'any', ', '.join(f'{a}={b}' for a, b in p.changes.items()) or 'defaults', p.source) for k, m in known.items() for p in m.recipes])
+        print_table(
+            'recipes',
+            ('method', 'data set', 'imbalance', 'values of its own', 'from'),
+            [
+                (
+                    k,
+                    p.dataset,
+                    p.imbalance or 'any',
+                    ', '.join(f'{a}={b}' for a, b in p.changes.items()) or 'defaults',
+                    p.source)
+                for k, m in known.items()
+                for p in m.recipes])
 
 # %% ../../nbs/cli/791_runs.ipynb #9691124c
 @app.command('run')
 def run_(
     method: Annotated[str, typer.Argument(help='A name from `ltbook list methods`.')],
-    dataset: Annotated[Optional[str], typer.Argument(help='digits (the default), cifar10, cifar100, or the name of an own .h5 file.')] = None,
-    imbalance: Annotated[Optional[float], typer.Option(help='Largest over smallest class; default: the usual one of the data set.')] = None,
-    profile: Annotated[Optional[str], typer.Option(help='paper, short (40 epochs, the default), fast (a quicker recipe, where there is one) or smoke (a few steps).')] = None,
-    seed: Annotated[Optional[int], typer.Option(help='Of initial weights, order and augmentation; default 0.')] = None,
-    seeds: Annotated[Optional[str], typer.Option(help='Several runs side by side, e.g. 0..7 or 0,1,2; with mean and spread.')] = None,
-    epochs: Annotated[Optional[int], typer.Option(help='Of the first stage; warm-up and drops keep their fractions.')] = None,
+    dataset: Annotated[
+        Optional[str],
+        typer.Argument(help='digits (the default), cifar10, cifar100, or the name of an own .h5 file.'),
+    ] = None,
+    imbalance: Annotated[
+        Optional[float],
+        typer.Option(help='Largest over smallest class; default: the usual one of the data set.')] = None,
+    profile: Annotated[
+        Optional[str],
+        typer.Option(
+            help='paper, short (40 epochs, the default), fast (a quicker recipe, '
+                 'where there is one) or smoke (a few steps).'
+        )] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(help='Of initial weights, order and augmentation; default 0.')] = None,
+    seeds: Annotated[
+        Optional[str], typer.Option(help='Several runs side by side, e.g. 0..7 or 0,1,2; with mean and spread.')
+    ] = None,
+    epochs: Annotated[
+        Optional[int], typer.Option(help='Of the first stage; warm-up and drops keep their fractions.')
+    ] = None,
     precision: Annotated[Optional[str], typer.Option(help='fp32 or bf16; evaluation is always fp32.')] = None,
-    changes: Annotated[Optional[list[str]], typer.Option('--set', help='key=value, any field or setting; may be repeated.')] = None,
-    start: Annotated[Optional[str], typer.Option('--from', help='A finished run whose stage 1 is taken over.')] = None,
-    data_root: Root = None, out: Out = Path('outputs'), device: Device = 'auto',
-    bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False,
-):
+    changes: Annotated[
+        Optional[list[str]], typer.Option('--set', help='key=value, any field or setting; may be repeated.')
+    ] = None,
+    start: Annotated[
+        Optional[str], typer.Option('--from', help='A finished run whose stage 1 is taken over.')] = None,
+    data_root: Root = None,
+    out: Out = Path('outputs'),
+    device: Device = 'auto',
+    bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Train a method on a data set; go on with a run that was stopped."
     from ltbook.runs.folder import load_run, resolve_run, run_id
     from ltbook.runs.notebook import DEFAULTS, find_notebook, recipe_of, run_notebook
     from ltbook.runs.progress import Reporter
     from ltbook.runs.run import prepare, run
+
     first = resolve_run(start, out) if start else None
-    words = dict(method=method, dataset=dataset, imbalance=imbalance, profile=profile, seed=seed, epochs=epochs, precision=precision,
-                 data_root=str(data_root) if data_root else None, out=str(out), device=device, start=str(first.path) if first else None)
+    words = dict(
+        method=method,
+        dataset=dataset,
+        imbalance=imbalance,
+        profile=profile,
+        seed=seed,
+        epochs=epochs,
+        precision=precision,
+        data_root=str(data_root) if data_root else None,
+        out=str(out),
+        device=device,
+        start=str(first.path) if first else None)
     extra = parse_changes(changes or [])
     if seeds is not None:
-        from ltbook.runs.seeds import cli_seeds
+        from ltbook.studies.seeds import cli_seeds
+
         cli_seeds(seeds, words, extra, changes or [], bare, console)
         return
-    if not first: words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}      # the notebook has a default profile of its own
+    # the notebook has a default profile of its own
+    if not first:
+        words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
-    folder = out/run_id(recipe)
-    prepare(recipe, out, data_root, device, first)      # mistakes show before a kernel starts
-    if notebook is None and not bare: console.print('papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.')
+    folder = out / run_id(recipe)
+    prepare(recipe, out, data_root, device, first)  # mistakes show before a kernel starts
+    if notebook is None and not bare:
+        console.print(
+            'papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.'
+        )
     finished = (folder/'done.json').exists()
     with Reporter(console) as r:
-        if notebook is None or (finished and (folder/'run.ipynb').exists()): folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
-        else: run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)
+        if notebook is None or (finished and (folder/'run.ipynb').exists()):
+            folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
+        else:
+            run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)
     show_run(load_run(folder))
 
 # %% ../../nbs/cli/791_runs.ipynb #47c41124
@@ -81,8 +132,12 @@ def show_run(run) -> None:
         number = lambda v: '' if v != v or v is None else f'{v:.1f}'
         same = not any(paper.differs)
         title = 'beside the paper, percent' if same else 'printed, at the published length, percent'
-        print_table(title, ('stage', 'measure', 'ours', 'printed', 'difference', 'source'),
-               [(p.stage, p.measure, number(p.ours), number(p.printed), number(p.difference), p.source) for p in paper.itertuples()])
+        print_table(
+            title,
+            ('stage', 'measure', 'ours', 'printed', 'difference', 'source'),
+            [
+                (p.stage, p.measure, number(p.ours), number(p.printed), number(p.difference), p.source)
+                for p in paper.itertuples()])
         for stage, other in paper.groupby('stage', sort=False).differs.first().items():
             if other: console.print(f'{stage} is not compared with the paper: {other}.', soft_wrap=True)
     known = ', '.join(f'{k} {v[:8]}' for k, v in run.data.items()) if run.data else 'not recorded'
@@ -95,18 +150,27 @@ def show_run(run) -> None:
 @app.command('show')
 def show_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are listed.')] = None,
-    out: Out = Path('outputs'),
-):
+    out: Out = Path('outputs')):
     "The result of a run, or a list of all finished runs."
     from ltbook.runs.folder import resolve_run, scan_runs
     from ltbook.runs.progress import cell
     if run: return show_run(resolve_run(run, out))
     runs, bad = scan_runs(out)
-    if not runs and not bad: return console.print(f'No finished runs in {out}. Start one with: ltbook run mislas digits')
+    if not runs and not bad:
+        return console.print(f'No finished runs in {out}. Start one with: ltbook run mislas digits')
     results, searches = ([r for r in runs if bool(r.recipe.hold_out) == held] for held in (False, True))
     for title, some in (('finished runs', results), ('searches, measured on held-out train images', searches)):
-        if some: print_table(title, ('run', 'imbalance', 'profile', 'top-1', 'few', 'ECE (15)'),
-                        [(r.id, r.recipe.imbalance, r.recipe.profile, *(cell(k, r.metrics['final'][k]) for k in ('top1', 'few', 'ece15'))) for r in some])
+        if some:
+            print_table(
+                title,
+                ('run', 'imbalance', 'profile', 'top-1', 'few', 'ECE (15)'),
+                [
+                    (
+                        r.id,
+                        r.recipe.imbalance,
+                        r.recipe.profile,
+                        *(cell(k, r.metrics['final'][k]) for k in ('top1', 'few', 'ece15')))
+                    for r in some])
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
 
 # %% ../../nbs/cli/791_runs.ipynb #8efc200f
@@ -115,26 +179,49 @@ def sweep_(
     method: Annotated[str, typer.Argument(help='A method that has sweeps, such as difficulty_net.')],
     name: Annotated[str, typer.Argument(help='Of the sweep, such as ablation.')],
     dataset: Annotated[str, typer.Argument(help='As for run.')] = 'digits',
-    imbalance: Annotated[Optional[float], typer.Option(help='Largest over smallest class; default: the usual one of the data set.')] = None,
+    imbalance: Annotated[
+        Optional[float],
+        typer.Option(help='Largest over smallest class; default: the usual one of the data set.')] = None,
     profile: Annotated[str, typer.Option(help='paper, short, fast or smoke.')] = 'short',
     seed: Annotated[int, typer.Option(help='Of every run.')] = 0,
-    only: Annotated[Optional[list[str]], typer.Option(help='Number of a row or a part of its name; may be repeated.')] = None,
-    changes: Annotated[Optional[list[str]], typer.Option('--set', help='key=value, for every row; may be repeated.')] = None,
+    only: Annotated[
+        Optional[list[str]], typer.Option(help='Number of a row or a part of its name; may be repeated.')
+    ] = None,
+    changes: Annotated[
+        Optional[list[str]], typer.Option('--set', help='key=value, for every row; may be repeated.')] = None,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Only list.')] = False,
-    data_root: Root = None, out: Out = Path('outputs'), device: Device = 'auto',
-    bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False,
-):
+    data_root: Root = None,
+    out: Out = Path('outputs'),
+    device: Device = 'auto',
+    bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "List a method's sweep and run what is missing of it; what is finished is left alone."
-    from ltbook.runs.sweep import choose, listing, sweep, sweep_rows
-    rows = choose(sweep_rows(method, name, dataset, imbalance, profile, out, dict(seed=seed) | parse_changes(changes or [])), only or [])
+    from ltbook.studies.sweep import choose, listing, sweep, sweep_rows
+
+    rows = choose(
+        sweep_rows(method, name, dataset, imbalance, profile, out, dict(seed=seed) | parse_changes(changes or [])),
+        only or [])
     print_table(f'{name} of {method} on {dataset}', ('no.', 'recipe', 'state', 'run'), listing(rows))
-    if dry_run: return
+    if dry_run:
+        return
     from ltbook.runs.run import prepare
-    for row in rows:      # what is finished must belong to the data at hand
-        if row.finished: prepare(row.recipe, out, data_root, device)
+
+    for row in rows:  # what is finished must belong to the data at hand
+        if row.finished:
+            prepare(row.recipe, out, data_root, device)
+
     def start(row):
         console.print(f'{row.number}. {row.name}')
-        run_(row.recipe.method, dataset, imbalance, row.recipe.profile, changes=[f'{k}={json.dumps(v)}' for k, v in row.changes.items()], data_root=data_root, out=out, device=device, bare=bare)
+        run_(
+            row.recipe.method,
+            dataset,
+            imbalance,
+            row.recipe.profile,
+            changes=[f'{k}={json.dumps(v)}' for k, v in row.changes.items()],
+            data_root=data_root,
+            out=out,
+            device=device,
+            bare=bare)
+
     done = [what for _, what in sweep(rows, start)]
     console.print(f'{done.count("run")} run now, {done.count("finished")} finished before.')
 
@@ -142,12 +229,12 @@ def sweep_(
 @app.command('verify')
 def verify_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are checked.')] = None,
-    out: Out = Path('outputs'),
-):
+    out: Out = Path('outputs')):
     "Compare the files of finished runs with the hashes written when they were finished."
     from ltbook.runs.folder import resolve_run, verify_run
     named = [p for p in (Path(run), out/run) if (p/'done.json').exists()] if run else []
-    places = named[:1] or ([resolve_run(run, out).path] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))])
+    places = named[:1] or (
+        [resolve_run(run, out).path] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))])
     wrong = 0
     for place in places:
         faults, notes = verify_run(place)
@@ -160,12 +247,15 @@ def verify_(
 @app.command('eval')
 def eval_(
     run: Annotated[str, typer.Argument(help='A finished run.')],
-    shot_rule: Annotated[Optional[str], typer.Option(help='100/20, oltr, mislas or thirds; default: that of the run.')] = None,
+    shot_rule: Annotated[
+        Optional[str], typer.Option(help='100/20, oltr, mislas or thirds; default: that of the run.')] = None,
     weights: Annotated[bool, typer.Option('--weights', help='Predict again from the weights.')] = False,
-    data_root: Root = None, out: Out = Path('outputs'), device: Device = 'auto',
-):
+    data_root: Root = None,
+    out: Out = Path('outputs'),
+    device: Device = 'auto'):
     "Measure a finished run again, from its logits or its weights; nothing is changed."
     from ltbook.runs.evaluate import evaluate
     from ltbook.runs.folder import resolve_run
     from ltbook.runs.progress import result_table
+
     console.print(result_table(evaluate(resolve_run(run, out), shot_rule, weights, data_root, device)))

@@ -18,7 +18,8 @@ from ..train.processes import Terminated, ending_on_term, note_import
 
 # %% ../../nbs/cli/790_words.ipynb #de56e4b2
 class PoliteGroup(TyperGroup):
-    "A group of verbs that turns a `UserError` into one sentence and exit code 2, and a failed training into exit code 1."
+    ("A group of verbs that turns a `UserError` into one sentence and exit "
+     "code 2, and a failed training into exit code 1.")
     def parse_args(self, ctx, args):
         "Take `--import MODULE` out of the words, wherever it stands."
         left, words = [], iter(args)

@@ -137,8 +137,7 @@ JITTERS = {
     'brightness': lambda x, f: (f*x).clamp(0, 1),
     'contrast': lambda x, f: (f*x + (1 - f)*grey(x).mean((1, 2, 3), keepdim=True)).clamp(0, 1),
     'saturation': lambda x, f: (f*x + (1 - f)*grey(x)).clamp(0, 1),
-    'hue': lambda x, f: x if x.shape[1] == 1 else turn_hue(x, f),
-}
+    'hue': lambda x, f: x if x.shape[1] == 1 else turn_hue(x, f)}
 
 # %% ../../nbs/data/05_augment.ipynb #3fba925f
 def blur(

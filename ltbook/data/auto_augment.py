@@ -38,19 +38,24 @@ POLICY = (  # Cubuk et al. 2019, CIFAR-10: (operation, probability, level) twice
     (('TranslateY', .9, 9), ('TranslateY', .7, 9)),
     (('AutoContrast', .9, None), ('Solarize', .8, 3)),
     (('Equalize', .8, None), ('Invert', .1, None)),
-    (('TranslateY', .7, 9), ('AutoContrast', .9, None)),
-)
+    (('TranslateY', .7, 9), ('AutoContrast', .9, None)))
 
 # %% ../../nbs/data/091_auto_augment.ipynb #cdf95fa4
 def magnitudes(
     side: int,  # of the images, pixels
 ) -> dict[str, list[float]]:  # operation -> magnitude at each of the levels 0 to 9; absent without levels
-    "The grids of torchvision: shear, pixels, degrees, change of a blend's factor, bits that stay, first byte that is inverted."
+    ("The grids of torchvision: shear, pixels, degrees, change of a blend's "
+     "factor, bits that stay, first byte that is inverted.")
     up = lambda top: torch.linspace(0., top, 10).tolist()
     shift = [float(int(v)) for v in up(150/331*side)]
-    return dict(ShearY=up(.3), TranslateX=shift, TranslateY=shift, Rotate=up(30.),
-                **{name: up(.9) for name in ('Brightness', 'Color', 'Contrast', 'Sharpness')},
-                Posterize=(8 - (torch.arange(10)/(9/4)).round()).tolist(), Solarize=torch.linspace(255., 0., 10).tolist())
+    return dict(
+        ShearY=up(0.3),
+        TranslateX=shift,
+        TranslateY=shift,
+        Rotate=up(30.0),
+        **{name: up(0.9) for name in ('Brightness', 'Color', 'Contrast', 'Sharpness')},
+        Posterize=(8 - (torch.arange(10) / (9 / 4)).round()).tolist(),
+        Solarize=torch.linspace(255.0, 0.0, 10).tolist())
 
 # %% ../../nbs/data/091_auto_augment.ipynb #583d14be
 UNSIGNED = ('Identity', 'Invert', 'Posterize', 'Solarize', 'AutoContrast', 'Equalize')
@@ -73,7 +78,11 @@ def affine_row(
 ) -> tuple[float, ...]:  # six numbers
     "The affine map of one move, from where a pixel goes to where it comes from."
     cos, sin = math.cos(math.radians(m)), math.sin(math.radians(m))
-    rows = dict(Rotate=(cos, -sin, 0, sin, cos, 0), ShearY=(1, 0, 0, m, 1, m*side/2), TranslateX=(1, 0, -m, 0, 1, 0), TranslateY=(1, 0, 0, 0, 1, -m))
+    rows = dict(
+        Rotate=(cos, -sin, 0, sin, cos, 0),
+        ShearY=(1, 0, 0, m, 1, m * side / 2),
+        TranslateX=(1, 0, -m, 0, 1, 0),
+        TranslateY=(1, 0, 0, 0, 1, -m))
     return rows.get(name, (1, 0, 0, 0, 1, 0))
 
 def warp(
@@ -175,21 +184,28 @@ class AutoAugment:
         side: int,  # of the images, pixels
         channels: int = 3,  # 1 or 3
         device='cpu',  # where the images lie
-        dense: bool | None = None,  # every operation on all images, with the identity for those it does not concern; None: not on a CPU, where picking pays
-    ):
+        # every operation on all images, with the identity for those it does not concern; None: not on a CPU,
+        # where picking pays
+        dense: bool | None = None):
         self.dense = torch.device(device).type != 'cpu' if dense is None else dense
         if channels not in (1, 3) or side < 3:
-            raise UserError(f'AutoAugment needs 1 or 3 channels and at least 3 pixels a side, got {channels} and {side}: switch it off.')
+            raise UserError('AutoAugment needs 1 or 3 channels and at least 3 pixels a side, '
+                            f'got {channels} and {side}: switch it off.')
         table = signed_moves(side)
-        self.moves = list(dict.fromkeys([('Identity', 0.)] + [move for pair in table for both in pair for move in both]))
-        self.choices = np.array([[[self.moves.index(move) for move in both] for both in pair] for pair in table])  # (25, 2, 2)
+        self.moves = list(
+            dict.fromkeys([('Identity', 0.0)] + [move for pair in table for both in pair for move in both]))
+        # (25, 2, 2)
+        self.choices = np.array([[[self.moves.index(move) for move in both] for both in pair] for pair in table])
         self.chance = np.array([[p for _, p, _ in pair] for pair in POLICY])  # (25, 2)
         per_move = lambda f, *a: torch.tensor([f(*m, *a) for m in self.moves], dtype=torch.float32, device=device)
         matrix, weights = per_move(affine_row, side), per_move(blend_row, channels)
         table = torch.stack([fixed_table(*m) for m in self.moves]).to(device)
         kind = torch.tensor([dict(AutoContrast=1, Equalize=2).get(name, 0) for name, _ in self.moves], device=device)
         acts = lambda t: (t != t[0]).any(1)
-        self.families = ((warp, acts(matrix), (matrix,)), (points, acts(table) | (kind > 0), (table, kind)), (blend, acts(weights), (weights,)))
+        self.families = (
+            (warp, acts(matrix), (matrix,)),
+            (points, acts(table) | (kind > 0), (table, kind)),
+            (blend, acts(weights), (weights,)))
 
     def draw(
         self,

@@ -21,11 +21,14 @@ def writing(
     path: Path,  # about to be written
 ) -> Iterator[None]:
     "Tell a full or read-only disk as a `UserError`; HDF5 has several ways of saying it."
-    try: yield
-    except UserError: raise
+    try:
+        yield
+    except UserError:
+        raise
     except (OSError, RuntimeError) as e:
         why = getattr(e, 'strerror', None) or (str(e).splitlines() or [type(e).__name__])[0][:160]
-        raise UserError(f'Cannot write {path.name} in {path.parent}: {why}. Free some space or choose another folder.') from e
+        raise UserError(
+            f'Cannot write {path.name} in {path.parent}: {why}. Free some space or choose another folder.') from e
 
 # %% ../../nbs/data/00_checks.ipynb #c848bc6c
 def one_of(

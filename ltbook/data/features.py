@@ -85,7 +85,8 @@ def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
         if not n:
             f.create_dataset('features', (0, d), 'f4', maxshape=(None, d), chunks=(max(1, 2**18//d), d))
             f.create_dataset('labels', (0,), 'i8', maxshape=(None,), chunks=(2**13,))
-        if f['features'].shape[1] != d: raise UserError(f'Features of {d} numbers come after features of {f["features"].shape[1]}.')
+        if f['features'].shape[1] != d:
+            raise UserError(f'Features of {d} numbers come after features of {f["features"].shape[1]}.')
         for key, a in (('features', x), ('labels', y)):
             f[key].resize(n + len(x), axis=0)
             f[key][n:] = a
@@ -96,23 +97,37 @@ def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
 def _open(path: str | Path) -> h5py.File:
     "The file, or a `UserError`."
     path = Path(path)
-    if not path.is_file(): raise UserError(f'{path} does not exist; write it with `ltbook features RUN`, or give another file.')
-    try: return h5py.File(path, 'r')
-    except OSError as e: raise UserError(f'{path} cannot be read ({str(e).splitlines()[0]}); it is damaged or cut short, so write it again.') from e
+    if not path.is_file():
+        raise UserError(f'{path} does not exist; write it with `ltbook features RUN`, or give another file.')
+    try:
+        return h5py.File(path, 'r')
+    except OSError as e:
+        raise UserError(
+            f'{path} cannot be read ({str(e).splitlines()[0]}); it is damaged or cut short, so write it again.'
+        ) from e
 
 def _label_faults(y: np.ndarray, n_classes: int | None) -> list[str]:
     "What is wrong with labels."
-    if not np.issubdtype(y.dtype, np.number) or y.ndim != 1: return [f'labels must be one number a row, not {y.dtype} with shape {y.shape}']
+    if not np.issubdtype(y.dtype, np.number) or y.ndim != 1:
+        return [f'labels must be one number a row, not {y.dtype} with shape {y.shape}']
     if not np.isfinite(y).all() or (y != np.round(y)).any(): return ['labels must be whole numbers']
     if len(y) and (y.min() < 0 or (n_classes and y.max() >= n_classes)):
-        return [f'labels go from {y.min():g} to {y.max():g}' + (f', but there are {n_classes} classes: use 0..{n_classes - 1}' if n_classes else ': they start at 0')]
+        return [
+            f'labels go from {y.min():g} to {y.max():g}'
+            + (
+                f', but there are {n_classes} classes: use 0..{n_classes - 1}'
+                if n_classes
+                else ': they start at 0')]
     return []
 
 def _value_faults(x: h5py.Dataset, step: int) -> list[str]:
     "The first row with NaN or infinity, piece by piece."
     for i in range(0, len(x), step):
         bad = ~np.isfinite(x[i:i + step]).all(1)
-        if bad.any(): return [f'features of row {i + bad.argmax()} are not finite ({bad.sum()} such rows in this piece): remove them or export again']
+        if bad.any():
+            return [
+                f'features of row {i + bad.argmax()} are not finite ({bad.sum()} such '
+                'rows in this piece): remove them or export again']
     return []
 
 def check_features(
@@ -127,13 +142,21 @@ def check_features(
         missing = [k for k in ('features', label) if not isinstance(f.get(k), h5py.Dataset)]
         if missing: return [f'{" and ".join(missing)} missing: the file must hold features (N, D) and labels (N,)']
         x, y = f['features'], f[label]
-        if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating): return [f'features must be floats with 2 axes (N, D), not {x.dtype} with shape {x.shape}']
+        if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
+            return [f'features must be floats with 2 axes (N, D), not {x.dtype} with shape {x.shape}']
         faults = [] if len(x) else ['the file has no rows']
         if len(x) != len(y): faults.append(f'{len(x)} rows of features but {len(y)} labels: every row needs one')
-        if n_features and x.shape[1] != n_features: faults.append(f'features have {x.shape[1]} numbers a row, expected {n_features}: export both parts with the same network')
+        if n_features and x.shape[1] != n_features:
+            faults.append(
+                f'features have {x.shape[1]} numbers a row, expected '
+                f'{n_features}: export both parts with the same network')
         if x.shape[1] < 2: faults.append('features need at least 2 numbers a row')
         head = f.get('head_weight')
-        if head is not None and (head.ndim != 2 or head.shape[1] != x.shape[1] or (head_bias := f.get('head_bias')) is None or head_bias.shape != head.shape[:1]):
+        if head is not None and (
+            head.ndim != 2
+            or head.shape[1] != x.shape[1]
+            or (head_bias := f.get('head_bias')) is None
+            or head_bias.shape != head.shape[:1]):
             faults.append(f'head_weight {head.shape} must be (C, {x.shape[1]}) and come with head_bias (C,)')
         c = n_classes or (head.shape[0] if head is not None and head.ndim == 2 else None)
         return faults + _label_faults(y[()], c) + _value_faults(x, step)
@@ -147,17 +170,32 @@ def describe_features(
     if faults: raise UserError(f'{path}: ' + '; '.join(faults) + '.')
     with _open(path) as f:
         counts = np.bincount(f['labels' if 'labels' in f else 'label'][()].astype(np.int64))
-        return dict(rows=len(f['features']), features=f['features'].shape[1], classes=len(counts), largest_class=int(counts.max()), smallest_class=int(counts.min()),
-                    head='head_weight' in f, source=str(f.attrs.get('source', '')))
+        return dict(
+            rows=len(f['features']),
+            features=f['features'].shape[1],
+            classes=len(counts),
+            largest_class=int(counts.max()),
+            smallest_class=int(counts.min()),
+            head='head_weight' in f,
+            source=str(f.attrs.get('source', '')))
 
 # %% ../../nbs/data/08_features.ipynb #e574c589
-def _load(path: Path, n_classes: int | None, n_features: int | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+def _load(
+    path: Path, n_classes: int | None, n_features: int | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     "Arrays of one checked file."
     faults = check_features(path, n_classes, n_features)
-    if faults: raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: ltbook doctor features {path}')
+    if faults:
+        raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: ltbook doctor features {path}')
     with h5py.File(path, 'r') as f:
-        head = tuple(torch.from_numpy(f[k][()].astype('f4')) for k in ('head_weight', 'head_bias')) if 'head_weight' in f else None
-        return torch.from_numpy(f['features'][()].astype('f4')), torch.from_numpy(f['labels' if 'labels' in f else 'label'][()].astype('i8')), head
+        head = (
+            tuple(torch.from_numpy(f[k][()].astype('f4')) for k in ('head_weight', 'head_bias'))
+            if 'head_weight' in f
+            else None)
+        return (
+            torch.from_numpy(f['features'][()].astype('f4')),
+            torch.from_numpy(f['labels' if 'labels' in f else 'label'][()].astype('i8')),
+            head)
 
 def read_features(
     train: str | Path,  # file of the train part
@@ -170,8 +208,11 @@ def read_features(
     xt, yt, _ = _load(Path(test), c, x.shape[1])
     parts = FeatureSet(x, y, classes, head), FeatureSet(xt, yt, classes, head)
     a, b = (describe_features(p)['source'] for p in (train, test))
-    if a and b and a != b: raise UserError(f'{train} comes from {a!r}, but {test} from {b!r}: write both with one `ltbook features RUN`.')
-    if parts[0].counts.min() < 1: raise UserError(f'{train}: class {parts[0].counts.argmin()} has no rows; give every class from 0 to {c - 1} some.')
+    if a and b and a != b:
+        raise UserError(f'{train} comes from {a!r}, but {test} from {b!r}: write both with one `ltbook features RUN`.')
+    if parts[0].counts.min() < 1:
+        raise UserError(
+            f'{train}: class {parts[0].counts.argmin()} has no rows; give every class from 0 to {c - 1} some.')
     return parts
 
 # %% ../../nbs/data/08_features.ipynb #3cfad038
@@ -179,7 +220,10 @@ def find_features(
     folder: str | Path,  # might hold feature files
 ) -> tuple[Path, Path] | None:  # train and test file, or None if they are not both there
     "The two feature files of a folder, under one of the names in use."
-    def first(*parts): return next((p for s in ('', 's') for part in parts if (p := Path(folder)/f'feature{s}_{part}.h5').is_file()), None)
+    def first(*parts):
+        return next(
+            (p for s in ('', 's') for part in parts if (p := Path(folder)/f'feature{s}_{part}.h5').is_file()),
+            None)
     files = first('train'), first('test', 'val')
     return files if all(files) else None
 
@@ -190,5 +234,13 @@ def load_feature_data(
 ) -> ImageData:  # with a `FeatureSet` for train and test; nothing to normalise, pad or flip
     "Feature files in the place of an image data set. Raises `UserError` where they are missing or faulty."
     files = find_features(folder)
-    if not files: raise UserError(f'{folder} has no feature_train.h5 with feature_test.h5 (or feature_val.h5): put them there, or write them with `ltbook features RUN`.')
-    return ImageData(name, *read_features(*files), pad=0, flip=False, imbalance=None, source=f'feature files {files[0].name}, {files[1].name}')
+    if not files:
+        raise UserError(f'{folder} has no feature_train.h5 with feature_test.h5 (or feature_val.h5): '
+                        'put them there, or write them with `ltbook features RUN`.')
+    return ImageData(
+        name,
+        *read_features(*files),
+        pad=0,
+        flip=False,
+        imbalance=None,
+        source=f'feature files {files[0].name}, {files[1].name}')

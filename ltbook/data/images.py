@@ -57,7 +57,10 @@ def is_here(
 ) -> bool:
     "Whether a data set can be read without a download: images or, in a folder of its name, feature files."
     root = data_root(root)
-    return name == 'digits' or (root/f'{name}.h5').is_file() or all(any((root/name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*'))
+    return (
+        name == 'digits'
+        or (root/f'{name}.h5').is_file()
+        or all(any((root / name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*')))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db
 def _digits() -> tuple[ImageSet, ImageSet]:
@@ -181,11 +184,23 @@ def describe_data(
 ) -> list[str]:  # a line a part, and what is there twice
     "What `ltbook doctor data` says. Raises `UserError` as `load_images`."
     data = load_images(name, root)
-    def line(k, p): return f'{k:6} {len(p)} images, {p.n_classes} classes, {p.counts.max()} to {p.counts.min()} a class, sha256 {p.sha256()}'
+    def line(k, p):
+        return (f'{k:6} {len(p)} images, {p.n_classes} classes, {p.counts.max()} to '
+                f'{p.counts.min()} a class, sha256 {p.sha256()}')
     return [line('train', data.train), line('test', data.test), *(copies_in(data) or ['No image is there twice.'])]
 
 def _own(train, attrs):
     "Constants of a file of one's own: its attributes, or what the training part says"
     own = {k: tuple(float(v) for v in np.atleast_1d(attrs[k])) for k in ('mean', 'std') if k in attrs}
     if len(own) < 2: own = dict(zip(('mean', 'std'), _moments(train.images)))
+<<<<<<< HEAD
     return dict(own, pad=int(attrs.get('pad', min(train.shape[:2]) // 8)), flip=bool(attrs.get('flip', False)), imbalance=None)
+=======
+    if any(len(v) != train.shape[-1] for v in own.values()):
+        raise UserError('The attributes mean and std of the file need one number for each channel.')
+    return dict(
+        own,
+        pad=int(attrs.get('pad', min(train.shape[:2]) // 8)),
+        flip=bool(attrs.get('flip', False)),
+        imbalance=None)
+>>>>>>> main

@@ -21,11 +21,14 @@ class MetaTail(LongTail):
 
     def __post_init__(self):
         both = np.intersect1d(self.indices, self.meta)
-        if len(both): raise UserError(f'The meta set overlaps the training images: position {both[0]} is in both ({len(both)} in all). Put aside images that are not trained on.')
+        if len(both):
+            raise UserError(f'The meta set overlaps the training images: position {both[0]} is in both '
+                            f'({len(both)} in all). Put aside images that are not trained on.')
 
     def to_dict(self) -> dict:
         "As for a long tail, with size and fingerprint of the meta set; fit for JSON."
-        return super().to_dict() | dict(meta=dict(n=len(self.meta), sha256=hashlib.sha256(self.meta.astype('<i8').tobytes()).hexdigest()))
+        return super().to_dict() | dict(
+            meta=dict(n=len(self.meta), sha256=hashlib.sha256(self.meta.astype('<i8').tobytes()).hexdigest()))
 
 # %% ../../nbs/data/092_meta_set.ipynb #6915b394
 def meta_tail(
@@ -34,28 +37,46 @@ def meta_tail(
     n_meta: int = 25,  # images of every class to put aside
     kind: str = 'exp',  # "exp" or "step"
 ) -> MetaTail:  # what is trained on, and what is put aside
-    "The last images of every class apart, the first ones of the others as a long tail. Raises `UserError` where a class is too small."
+    ("The last images of every class apart, the first ones of the others as a long "
+     "tail. Raises `UserError` where a class is too small.")
     labels = np.asarray(labels)
     have = np.bincount(labels)
     if n_meta < 1: raise UserError(f'Every class needs a meta image, got n_meta={n_meta}: use at least 1.')
-    if have.min() <= n_meta: raise UserError(f'Class {have.argmin()} has {have.min()} images, too few to put {n_meta} aside and train on the rest: use a smaller n_meta.')
-    counts = have - n_meta if imbalance is None else long_tail_counts(float(have.min() - n_meta), len(have), imbalance, kind)
+    if have.min() <= n_meta:
+        raise UserError(f'Class {have.argmin()} has {have.min()} images, too few to put {n_meta} '
+                        'aside and train on the rest: use a smaller n_meta.')
+    counts = (
+        have - n_meta
+        if imbalance is None
+        else long_tail_counts(float(have.min() - n_meta), len(have), imbalance, kind))
     where = [np.flatnonzero(labels == k).astype(np.int64) for k in range(len(have))]
-    return MetaTail(np.concatenate([w[:n] for w, n in zip(where, counts)]), counts.astype(np.int64), imbalance, kind if imbalance else 'all', 0,
-                    meta=np.concatenate([w[-n_meta:] for w in where]))
+    return MetaTail(
+        np.concatenate([w[:n] for w, n in zip(where, counts)]),
+        counts.astype(np.int64),
+        imbalance,
+        kind if imbalance else 'all',
+        0,
+        meta=np.concatenate([w[-n_meta:] for w in where]))
 
 # %% ../../nbs/data/092_meta_set.ipynb #52ad469e
 def halves(
     labels,  # (M,) labels of the meta set, the same number of every class
     n_first: int,  # images of every class in the first half
 ) -> tuple[np.ndarray, np.ndarray]:  # positions within the meta set; int64, ascending
-    "Divide a balanced set in two balanced ones. Raises `UserError` if one of them would be empty, or the set is not balanced."
+    ("Divide a balanced set in two balanced ones. Raises `UserError` if one of "
+     "them would be empty, or the set is not balanced.")
     labels = np.asarray(labels)
     m = np.bincount(labels).min()
-    if np.bincount(labels).max() != m: raise UserError(f'A balanced set has the same number of images of every class: here {m} to {np.bincount(labels).max()}.')
-    if not 0 < n_first < m: raise UserError(f'{m} meta images a class can be divided after 1 to {m - 1} of them, not after {n_first}.')
+    if np.bincount(labels).max() != m:
+        raise UserError(
+            f'A balanced set has the same number of images of every class: here {m} to {np.bincount(labels).max()}.'
+        )
+    if not 0 < n_first < m:
+        raise UserError(f'{m} meta images a class can be divided after 1 to {m - 1} of them, not after {n_first}.')
     where = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
-    return tuple(np.sort(np.concatenate(p)).astype(np.int64) for p in ([w[:n_first] for w in where], [w[n_first:] for w in where]))
+    return tuple(
+        np.sort(np.concatenate(p)).astype(np.int64)
+        for p in ([w[:n_first] for w in where], [w[n_first:] for w in where]))
 
 # %% ../../nbs/data/092_meta_set.ipynb #bd32f1fd
 def held_out(
@@ -63,6 +84,8 @@ def held_out(
     n: int,  # images of every class
 ) -> ImageData:  # the last n train images of every class as test part, the others as train part
     "A data set that can be searched on: its test part is left out. Raises `UserError` where a class is too small."
-    if (least := int(data.train.counts.min())) <= n: raise UserError(f'The smallest class of {data.name} has {least} train images, too few to hold {n} out and train on the rest: use a smaller hold_out.')
+    if (least := int(data.train.counts.min())) <= n:
+        raise UserError(f'The smallest class of {data.name} has {least} train images, too few to hold '
+                        f'{n} out and train on the rest: use a smaller hold_out.')
     t = meta_tail(data.train.labels, None, n)
     return replace(data, train=data.train.subset(np.sort(t.indices)), test=data.train.subset(t.meta))

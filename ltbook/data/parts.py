@@ -26,9 +26,16 @@ def held_out_counts(
     counts = np.asarray(counts, dtype=np.int64)
     held = np.clip(np.rint(fraction*counts), 1, most).astype(np.int64)
     if (held >= counts).any():
+<<<<<<< HEAD
         k = np.argmax(held >= counts)
         raise UserError(f'Class {k} has {counts[k]} image to train on, and one has to be held out: '
                         'every class needs 2, so add one, leave the class out, or lower the imbalance.')
+=======
+        raise UserError(f'Class {np.argmax(held >= counts)} has '
+                        f'{counts[np.argmax(held >= counts)]} images, too few to hold one out: '
+                        'lower the '
+                        f'imbalance or use protocol V.')
+>>>>>>> main
     return held
 
 # %% ../../nbs/data/07_parts.ipynb #ccd71a5c
@@ -55,8 +62,13 @@ def reserve(
     labels = np.asarray(labels)
     have = np.bincount(labels)
     if have.min() <= n_reserved:
+<<<<<<< HEAD
         raise UserError(f'Class {have.argmin()} has {have.min()} images, of which {n_reserved} should be reserved: '
                         'add images, or leave the class out' + (', or use protocol H.' if have.min() > 1 else '.'))
+=======
+        raise UserError(f'Class {have.argmin()} has {have.min()} images, not more than the {n_reserved} to reserve of '
+                        f'each: use protocol H.')
+>>>>>>> main
     counts = have if imbalance is None else long_tail_counts(float(have.min()), len(have), imbalance, kind)
     counts = np.minimum(counts, have - n_reserved)
     rng, keep, aside = np.random.RandomState(data_seed), [], []
@@ -64,7 +76,8 @@ def reserve(
         where = np.flatnonzero(labels == k).astype(np.int64)
         rng.shuffle(where)
         keep.append(where[:n]); aside.append(where[len(where) - n_reserved:])
-    return LongTail(np.concatenate(keep), counts, imbalance, kind if imbalance else 'all', data_seed), np.concatenate(aside)
+    return LongTail(
+        np.concatenate(keep), counts, imbalance, kind if imbalance else 'all', data_seed), np.concatenate(aside)
 
 # %% ../../nbs/data/07_parts.ipynb #1c2d409c
 NAMES = {2: ('head', 'tail'), 3: ('head', 'mid', 'tail')}
@@ -78,14 +91,16 @@ def class_splits(
     n_experts: int = 3,  # parts of the rule quantile
     on_empty: str = 'error',  # error | drop
 ) -> dict[str, np.ndarray]:  # name -> int64 class ids, ascending
-    "Divide the classes among experts. Raises `UserError` for an empty split, a single one, or lists that are no partition."
+    ("Divide the classes among experts. Raises `UserError` for an empty "
+     "split, a single one, or lists that are no partition.")
     counts = np.asarray(counts)
     if not isinstance(rule, str):
         splits = {f'part {i + 1}': np.asarray(ids, dtype=np.int64) for i, ids in enumerate(rule)}
         if sorted(np.concatenate(list(splits.values())).tolist()) != list(range(len(counts))):
             raise UserError(f'The lists of classes must name each of the classes 0..{len(counts) - 1} exactly once.')
     elif one_of(rule, ('thresholds', 'quantile'), 'rule for splits') == 'quantile':
-        if not 2 <= n_experts <= len(counts): raise UserError(f'{len(counts)} classes can be cut into 2..{len(counts)} parts, not into {n_experts}.')
+        if not 2 <= n_experts <= len(counts):
+            raise UserError(f'{len(counts)} classes can be cut into 2..{len(counts)} parts, not into {n_experts}.')
         names = NAMES.get(n_experts, tuple(f'part {i + 1}' for i in range(n_experts)))
         splits = dict(zip(names, np.array_split(np.argsort(-counts, kind='stable'), n_experts)))
     elif len(counts) > 1 and counts.min() == counts.max():      # no class is larger than another
@@ -94,18 +109,23 @@ def class_splits(
         many, few = counts >= high if many_inclusive else counts > high, counts < low
         splits = dict(many=np.flatnonzero(many), medium=np.flatnonzero(~many & ~few), few=np.flatnonzero(few))
     empty = [k for k, ids in splits.items() if not len(ids)]
-    if empty and one_of(on_empty, ('error', 'drop'), 'answer to an empty split') == 'error': raise UserError(_empty(empty, splits, counts))
+    if empty and one_of(on_empty, ('error', 'drop'), 'answer to an empty split') == 'error':
+        raise UserError(_empty(empty, splits, counts))
     splits = {k: np.sort(ids).astype(np.int64) for k, ids in splits.items() if len(ids)}
-    if len(splits) < 2: raise UserError('A single expert would own all classes and be the generalist: use --set splits=quantile, or other '
-                                        'thresholds.')
+    if len(splits) < 2:
+        raise UserError(
+            'A single expert would own all classes and be the generalist: use --set splits=quantile, or other '
+            'thresholds.')
     return splits
 
 def _empty(empty, splits, counts):
     "Message for empty splits"
     sizes = ', '.join(f'{k} {len(ids)}' for k, ids in splits.items())
-    return (f'No class falls into {" and ".join(empty)} ({sizes} classes; counts from {counts.max()} to {counts.min()}). Use --set '
-            f'splits=quantile for parts of equal '
-            'size, --set on_empty=drop for the other experts only, other thresholds (low, high), or lists of classes.')
+    return (
+        f'No class falls into {" and ".join(empty)} ({sizes} classes; counts '
+        f'from {counts.max()} to {counts.min()}). Use --set '
+        f'splits=quantile for parts of equal '
+        'size, --set on_empty=drop for the other experts only, other thresholds (low, high), or lists of classes.')
 
 # %% ../../nbs/data/07_parts.ipynb #d7bfe162
 def open_count(
@@ -114,13 +134,17 @@ def open_count(
     ratio: float,  # r >= 1, or -1
     n_classes: int,  # K_e, of the expert
 ) -> int:  # images to draw
-    "How many foreign images an expert gets. Raises `UserError` if that would be none, warns if the pool is smaller than wanted."
-    if ratio != -1 and not ratio >= 1: raise UserError(f'The open ratio is own over foreign images: at least 1, or -1 for an average class; got '
-                                                       f'{ratio:g}.')
+    ("How many foreign images an expert gets. Raises `UserError` if that would "
+     "be none, warns if the pool is smaller than wanted.")
+    if ratio != -1 and not ratio >= 1:
+        raise UserError(
+            f'The open ratio is own over foreign images: at least 1, or -1 for an average class; got {ratio:g}.')
     if n_pool < 1: raise UserError('There are no foreign images to reject: an expert must not own all classes.')
     wanted = int(n_own//(n_classes if ratio == -1 else ratio))
-    if wanted < 1: raise UserError(f'Open ratio {ratio:g} leaves no foreign image for {n_own} own ones: use at most {n_own}.')
-    if wanted > n_pool: warnings.warn(f'{wanted} foreign images wanted, but there are {n_pool}; all of them are used.', stacklevel=2)
+    if wanted < 1:
+        raise UserError(f'Open ratio {ratio:g} leaves no foreign image for {n_own} own ones: use at most {n_own}.')
+    if wanted > n_pool:
+        warnings.warn(f'{wanted} foreign images wanted, but there are {n_pool}; all of them are used.', stacklevel=2)
     return min(wanted, n_pool)
 
 # %% ../../nbs/data/07_parts.ipynb #526ad3d2

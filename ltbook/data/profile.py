@@ -23,11 +23,13 @@ def long_tail_counts(
     one_of(kind, ['exp', 'step'], 'profile')
     if n_classes < 2: raise UserError(f'A long tail needs at least 2 classes, got {n_classes}.')
     if not 1 <= imbalance < float('inf'):
-        raise UserError(f'The imbalance is largest over smallest class and finite, so at least 1, got {imbalance} (did you mean 1/{imbalance}?).')
+        raise UserError('The imbalance is largest over smallest class and finite, so at least '
+                        f'1, got {imbalance} (did you mean 1/{imbalance}?).')
     power = [k / (n_classes - 1) if kind == 'exp' else float(k >= n_classes // 2) for k in range(n_classes)]
     counts = np.array([int(n_max * (1 / imbalance) ** p) for p in power], dtype=np.int64)
     if counts.min() < 1:
-        raise UserError(f'Imbalance {imbalance} leaves class {counts.argmin()} without images; use one below the largest class size, {n_max:g}.')
+        raise UserError(f'Imbalance {imbalance} leaves class {counts.argmin()} without images; '
+                        f'use one below the largest class size, {n_max:g}.')
     return counts
 
 # %% ../../nbs/data/01_profile.ipynb #632b3551
@@ -44,8 +46,14 @@ class LongTail:
     def sha256(self) -> str: return hashlib.sha256(self.indices.astype('<i8').tobytes()).hexdigest()
     def to_dict(self) -> dict:
         "What a run writes down about its data, without the positions themselves; fit for JSON."
-        return dict(n=len(self), n_classes=len(self.counts), counts=self.counts.tolist(), imbalance=self.imbalance, kind=self.kind,
-                    data_seed=self.data_seed, sha256=self.sha256)
+        return dict(
+            n=len(self),
+            n_classes=len(self.counts),
+            counts=self.counts.tolist(),
+            imbalance=self.imbalance,
+            kind=self.kind,
+            data_seed=self.data_seed,
+            sha256=self.sha256)
 
 # %% ../../nbs/data/01_profile.ipynb #53540039
 def long_tail(
@@ -58,11 +66,15 @@ def long_tail(
     "Choose a long-tailed subset as the published code does; `UserError` if a class has too few images."
     labels = np.asarray(labels)
     have = np.bincount(labels)
-    if have.min() < 1: raise UserError(f'Class {have.argmin()} has no images; every class from 0 to {len(have) - 1} needs some.')
-    if imbalance is None: return LongTail(np.arange(len(labels), dtype=np.int64), have.astype(np.int64), None, 'all', data_seed)
+    if have.min() < 1:
+        raise UserError(f'Class {have.argmin()} has no images; every class from 0 to {len(have) - 1} needs some.')
+    if imbalance is None:
+        return LongTail(np.arange(len(labels), dtype=np.int64), have.astype(np.int64), None, 'all', data_seed)
     counts = long_tail_counts(float(have.min() if n_max is None else n_max), len(have), imbalance, kind)
     short = np.flatnonzero(counts > have)
-    if len(short): raise UserError(f'Class {short[0]} should keep {counts[short[0]]} images but has only {have[short[0]]}; lower n_max.')
+    if len(short):
+        raise UserError(
+            f'Class {short[0]} should keep {counts[short[0]]} images but has only {have[short[0]]}; lower n_max.')
     rng, keep = np.random.RandomState(data_seed), []
     for k, n in enumerate(counts):
         where = np.flatnonzero(labels == k).astype(np.int64)
@@ -74,12 +86,15 @@ def long_tail(
 SHOT_RULES = {
     '100/20': 'many > 100, medium 20 to 100, few < 20 training images',
     '1000/200': 'many > 1000, medium 200 to 1000, few < 200 training images (DirMixE on CIFAR-10, ICML 2024)',
-    'difficulty_net': 'many >= 190, medium 95 to 189, few < 95 of the 475 images a class of its protocol (Difficulty-Net, WACV 2023, code)',
+    'difficulty_net': 'many >= 190, medium 95 to 189, few < 95 of the 475 images a class of '
+                      'its protocol (Difficulty-Net, WACV 2023, code)',
     'oltr': 'many >= 100, medium 20 to 99, few < 20 training images (Liu et al., CVPR 2019)',
     'mislas': 'fixed cuts over the classes by rank, as in the released code of Zhong et al., CVPR 2021',
     'thirds': 'three equal parts by rank, the larger parts first'}
-LIMITS = {'100/20': (101, 20), '1000/200': (1001, 200), 'difficulty_net': (190, 95), 'oltr': (100, 20)}  # rule -> many from here on, few below
-MISLAS_CUTS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 365: (131, 288), 8142: (842, 4543)}  # classes -> end of many, end of medium
+# rule -> many from here on, few below
+LIMITS = {'100/20': (101, 20), '1000/200': (1001, 200), 'difficulty_net': (190, 95), 'oltr': (100, 20)}
+# classes -> end of many, end of medium
+MISLAS_CUTS = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 365: (131, 288), 8142: (842, 4543)}
 
 # %% ../../nbs/data/01_profile.ipynb #3366b368
 def shot_groups(
@@ -95,6 +110,7 @@ def shot_groups(
     else:
         order = np.argsort(-counts, kind='stable')
         if rule == 'mislas' and len(counts) not in MISLAS_CUTS:
-            raise UserError(f'The rule "mislas" has cuts only for {sorted(MISLAS_CUTS)} classes, not for {len(counts)}; use "100/20" or "thirds".')
+            raise UserError(f'The rule "mislas" has cuts only for {sorted(MISLAS_CUTS)} classes, '
+                            f'not for {len(counts)}; use "100/20" or "thirds".')
         parts = np.array_split(order, 3 if rule == 'thirds' else MISLAS_CUTS[len(counts)])
     return {name: np.sort(ids).astype(np.int64) for name, ids in zip(('many', 'medium', 'few'), parts)}

@@ -26,7 +26,8 @@ class Sampler:
         if self.labels.min() < 0: raise UserError(f'Labels start at 0, got {self.labels.min()}.')
         self.counts = np.bincount(self.labels)
         if self.counts.min() < 1:
-            raise UserError(f'Class {self.counts.argmin()} has no images to draw; give every class from 0 to {len(self.counts) - 1} some.')
+            raise UserError(f'Class {self.counts.argmin()} has no images to draw; give every '
+                            f'class from 0 to {len(self.counts) - 1} some.')
         self.rng = np.random.default_rng(seed)
         self.n_draws = len(self.labels) if n_draws is None else int(n_draws)
         if self.n_draws < 1: raise UserError(f'An epoch needs at least one draw, got {n_draws}.')
@@ -41,9 +42,11 @@ class Sampler:
     def load_state_dict(self, state: dict):
         "Go on where another sampler of the same kind and labels has stopped."
         if state.keys() != {'rng', *self._keep}:
-            raise UserError(f'This state belongs to another sampler than {type(self).__name__}: it has {sorted(state)}.')
+            raise UserError(
+                f'This state belongs to another sampler than {type(self).__name__}: it has {sorted(state)}.')
         for k in self._keep:
-            if np.shape(state[k]) != np.shape(getattr(self, k)): raise UserError(f'This state belongs to other labels: {k} does not fit.')
+            if np.shape(state[k]) != np.shape(getattr(self, k)):
+                raise UserError(f'This state belongs to other labels: {k} does not fit.')
             setattr(self, k, np.array(state[k], dtype=np.int64) if np.ndim(state[k]) else state[k])
         self.rng.bit_generator.state = state['rng']
 
@@ -104,7 +107,8 @@ class ClassProbability(Sampler):
     ):
         super().__init__(labels, seed, n_draws)
         p = np.asarray(probabilities, dtype=np.float64)
-        if p.shape != self.counts.shape: raise UserError(f'{len(self.counts)} classes need as many probabilities, got shape {p.shape}.')
+        if p.shape != self.counts.shape:
+            raise UserError(f'{len(self.counts)} classes need as many probabilities, got shape {p.shape}.')
         if not (np.isfinite(p).all() and (p >= 0).all() and p.sum() > 0):
             raise UserError('Class probabilities must be finite, not negative and not all zero.')
         self.probabilities = p / p.sum()
@@ -147,5 +151,10 @@ class ProgressivelyBalanced(ClassProbability):
         return super().epoch()
 
 # %% ../../nbs/data/04_sampling.ipynb #d0c610f0
-SAMPLERS = {'instance': InstanceBalanced, 'class_aware': ClassAwareSampler, 'class_uniform': class_uniform, 'square_root': square_root,
-            'reversed': reversed_frequency, 'progressive': ProgressivelyBalanced}
+SAMPLERS = {
+    'instance': InstanceBalanced,
+    'class_aware': ClassAwareSampler,
+    'class_uniform': class_uniform,
+    'square_root': square_root,
+    'reversed': reversed_frequency,
+    'progressive': ProgressivelyBalanced}

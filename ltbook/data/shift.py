@@ -31,7 +31,8 @@ def shifted_counts(
 ) -> np.ndarray:  # int64 (C,), at least 1
     "Class counts of a shifted test set. Raises `UserError` for a ratio below 1 or an unknown component."
     if not 1 <= ratio < float('inf'):
-        raise UserError(f'The ratio of a label shift is largest over smallest class, so at least 1, got {ratio} (for the other direction ask for backward).')
+        raise UserError('The ratio of a label shift is largest over smallest class, so at least 1, '
+                        f'got {ratio} (for the other direction ask for backward).')
     last = len(ranks) - 1
     steps = dict(forward=ranks, uniform=0*ranks, backward=last - ranks)[one_of(component, COMPONENTS, 'component')]
     return np.array([max(1, int(n*(1/ratio)**(s/last))) for s in steps], dtype=np.int64)
@@ -54,20 +55,33 @@ class Shift:
 
     def to_dict(self) -> dict:
         "For JSON: everything but the positions, which are told by their hashes."
-        hashes = {k: hashlib.sha256(getattr(self, k).astype('<i8').tobytes()).hexdigest() for k in ('indices', 'adapt_indices')}
-        return dict(name=self.name, setting=self.setting, component=self.component, ratio=self.ratio, draw=self.draw, n=len(self),
-                    q=[float(f'{v:.6g}') for v in self.q], counts=self.counts.tolist(), sha256=hashes['indices'], adapt_sha256=hashes['adapt_indices'])
+        hashes = {
+            k: hashlib.sha256(getattr(self, k).astype('<i8').tobytes()).hexdigest()
+            for k in ('indices', 'adapt_indices')}
+        return dict(
+            name=self.name,
+            setting=self.setting,
+            component=self.component,
+            ratio=self.ratio,
+            draw=self.draw,
+            n=len(self),
+            q=[float(f'{v:.6g}') for v in self.q],
+            counts=self.counts.tolist(),
+            sha256=hashes['indices'],
+            adapt_sha256=hashes['adapt_indices'])
 
 # %% ../../nbs/data/06_shift.ipynb #05dc0c38
 def _classes(labels, train_counts) -> list[np.ndarray]:
     "Positions of every class in the test set. Raises `UserError` for a class without test images."
     labels, n = np.asarray(labels), len(train_counts)
     if labels.min() < 0 or labels.max() >= n:
-        raise UserError(f'Test labels must lie in 0..{n - 1}, one class a training count; they reach from {labels.min()} to {labels.max()}.')
+        raise UserError(f'Test labels must lie in 0..{n - 1}, one class a training count; they '
+                        f'reach from {labels.min()} to {labels.max()}.')
     where = [np.flatnonzero(labels == c).astype(np.int64) for c in range(n)]
     empty = [c for c, w in enumerate(where) if not len(w)]
     if empty:
-        raise UserError(f'Class {empty[0]} has no test images ({len(empty)} of {n} classes have none): a label shift needs some of every class. '
+        raise UserError(f'Class {empty[0]} has no test images ({len(empty)} of {n} classes have '
+                        'none): a label shift needs some of every class. '
                         'Add test images or drop the class.')
     return where
 
@@ -92,7 +106,16 @@ def ratio_shift(
     where = _classes(labels, train_counts)
     counts = shifted_counts(min(map(len, where)), class_ranks(train_counts), component, ratio)
     indices = _choose(where, counts, np.random.RandomState(seed))
-    return Shift(component if component == 'uniform' else f'{component}-{ratio:g}', 'A', component, float(ratio), None, counts/counts.sum(), counts, indices, indices)
+    return Shift(
+        component if component == 'uniform' else f'{component}-{ratio:g}',
+        'A',
+        component,
+        float(ratio),
+        None,
+        counts / counts.sum(),
+        counts,
+        indices,
+        indices)
 
 def ratio_shifts(
     labels: Sequence[int],  # (n,) of the test set
@@ -114,7 +137,11 @@ def draw_counts(
     smallest: int = 1,  # m_min, images that every class keeps at least
 ) -> tuple[np.ndarray, np.ndarray]:  # q float64 (C,), counts int64 (C,)
     "One draw of a label distribution around a profile, and its class counts."
-    jittered = base*(1 + 0.1*(rng.random_sample(len(base)) if isinstance(rng, np.random.RandomState) else rng.random(len(base))) - 0.05)
+    jittered = base * (
+        1
+        + 0.1
+        * (rng.random_sample(len(base)) if isinstance(rng, np.random.RandomState) else rng.random(len(base)))
+        - 0.05)
     q = rng.dirichlet(concentration*jittered/jittered.sum())
     return q, np.maximum((n*(q/q.max())).astype(np.int64), smallest)
 
@@ -129,17 +156,28 @@ def dirichlet_shift(
     same_subset: bool = True,  # adapt to the images that are evaluated; else to a second, independent draw
     smallest: int = 1,  # images that every class keeps at least; 0 on iNaturalist
 ) -> Shift:
-    "A test set with a drawn label distribution. Raises `UserError` as `ratio_shift`, and for a concentration that is not positive."
+    ("A test set with a drawn label distribution. Raises `UserError` as "
+     "`ratio_shift`, and for a concentration that is not positive.")
     where = _classes(labels, train_counts)
     n, ratio = min(map(len, where)), 1.0 if component == 'uniform' else float(ratio)
-    if concentration is not None and not concentration > 0: raise UserError(f'The concentration of a Dirichlet distribution is positive, got {concentration}.')
+    if concentration is not None and not concentration > 0:
+        raise UserError(f'The concentration of a Dirichlet distribution is positive, got {concentration}.')
     base = shifted_counts(n, class_ranks(train_counts), component, ratio)
     def one(role: int):
         rng = np.random.default_rng([seed, COMPONENTS.index(component), draw, role])
         q, counts = draw_counts(rng, base, n, concentration or n, smallest)
         return q, counts, _choose(where, counts, rng)
     q, counts, indices = one(0)
-    return Shift(f'dirichlet-{component}-{draw}', 'B', component, ratio, draw, q, counts, indices, indices if same_subset else one(1)[2])
+    return Shift(
+        f'dirichlet-{component}-{draw}',
+        'B',
+        component,
+        ratio,
+        draw,
+        q,
+        counts,
+        indices,
+        indices if same_subset else one(1)[2])
 
 # %% ../../nbs/data/06_shift.ipynb #0b7f71ac
 def reference_shifts(

@@ -38,7 +38,8 @@ class View:
     def load(
         self,
         plan: dict[str, Tensor],  # from `plan`
-    ) -> dict[str, Tensor]:  # the plan on the device, with pixels uint8 (B, H, W, C) and y int64 (B,) instead of the index
+    # the plan on the device, with pixels uint8 (B, H, W, C) and y int64 (B,) instead of the index
+    ) -> dict[str, Tensor]:
         "Fetch what was planned."
         pin = (lambda t: t.pin_memory()) if self.device.type == 'cuda' else (lambda t: t)
         sent = {k: pin(t).to(self.device, non_blocking=True) for k, t in plan.items()}
@@ -78,8 +79,7 @@ class TrainView(View):
     def __init__(
         self,
         data: ImageSet,  # images and labels; the batches lie where they lie
-        augmentation: Augmentation = Augmentation(),
-    ):
+        augmentation: Augmentation = Augmentation()):
         super().__init__(data)
         self.augmentation, self.shape, self.size = augmentation, data.shape[:2], min(data.shape[:2])
         a, channels = augmentation, data.shape[2]

@@ -12,7 +12,8 @@ from .resnet_cifar import ResNet32
 
 # %% ../../nbs/models/121_backbones.ipynb #5ec0396f
 BACKBONES = dict(resnet32=ResNet32)  # name -> (number of classes, channels of the images, kind of head) -> network
-DECLARED = ('resnet10', 'resnet50', 'resnext50', 'resnet152', 'resnet152_frozen')  # named by published recipes, not built here
+# named by published recipes, not built here
+DECLARED = ('resnet10', 'resnet50', 'resnext50', 'resnet152', 'resnet152_frozen')
 
 def build_backbone(
     name: str,  # a key of BACKBONES

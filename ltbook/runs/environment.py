@@ -22,10 +22,15 @@ PACKAGES = ('torch', 'torchvision', 'numpy', 'h5py', 'pandas', 'scikit-learn', '
 def git_state() -> dict:  # commit and dirty, None where the package is not in a git checkout
     "Commit of the code that runs, and whether it was changed since."
     here = Path(__file__).resolve().parent if '__file__' in globals() else Path.cwd()
-    def git(*args): return subprocess.run(['git', '-C', str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args):
+        return subprocess.run(
+            ['git', '-C', str(here), *args], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        git('ls-files', '--error-unmatch', Path(globals().get('__file__', '.')).name)     # not somebody else's repository around an installed package
-        return dict(commit=git('rev-parse', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', ':/ltbook', ':/nbs', ':/settings.ini')))
+        # not somebody else's repository around an installed package
+        git('ls-files', '--error-unmatch', Path(globals().get('__file__', '.')).name)
+        return dict(
+            commit=git('rev-parse', 'HEAD'),
+            dirty=bool(git('status', '--porcelain', '--', ':/ltbook', ':/nbs', ':/settings.ini')))
     except (OSError, subprocess.CalledProcessError): return dict(commit=None, dirty=None)
 
 # %% ../../nbs/runs/630_environment.ipynb #69b4ae23
@@ -34,9 +39,18 @@ def command(
 ) -> str:  # one shell line
     "The command that repeats a run."
     plain = _plain(recipe)
-    words = ['ltbook', 'run', recipe.method, recipe.dataset, *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []), f'--profile {recipe.profile}', f'--seed {recipe.seed}']
+    words = [
+        'ltbook',
+        'run',
+        recipe.method,
+        recipe.dataset,
+        *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []),
+        f'--profile {recipe.profile}',
+        f'--seed {recipe.seed}']
     taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} - {'loss'} if recipe.start else {'seed'}
-    words += [f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}' for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
+    words += [
+        f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}'
+        for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
     own = [f'--import {shlex.quote(m)}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
     return ' '.join(words + ([f'--from outputs/{recipe.start}'] if recipe.start else []) + own)
 
@@ -54,11 +68,26 @@ def environment(
 ) -> dict:  # JSON-able
     "Versions, device, commit, command, time and memory; times of runs trained together include waiting for each other."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-    device = torch.cuda.get_device_name(compute.device) if compute.device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(ltbook=version('ltbook') if _installed() else None, python=platform.python_version(), packages={p: version(p) for p in PACKAGES}, platform=platform.system(),
-                device=str(compute.device), device_name=device, trained_together=compute.pack.size if compute.pack else 1, threads=torch.get_num_threads(), command=command(recipe), **{k: sessions[-1][k] for k in ('commit', 'dirty')}, sessions=sessions,
-                train_seconds=round(sum(r['seconds'] for r in rows), 1), wall_seconds=round(seconds, 1), peak_memory_mb=round(peak),
-                finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    device = (
+        torch.cuda.get_device_name(compute.device)
+        if compute.device.type == 'cuda'
+        else platform.processor() or platform.machine())
+    return dict(
+        ltbook=version('ltbook') if _installed() else None,
+        python=platform.python_version(),
+        packages={p: version(p) for p in PACKAGES},
+        platform=platform.system(),
+        device=str(compute.device),
+        device_name=device,
+        trained_together=compute.pack.size if compute.pack else 1,
+        threads=torch.get_num_threads(),
+        command=command(recipe),
+        **{k: sessions[-1][k] for k in ('commit', 'dirty')},
+        sessions=sessions,
+        train_seconds=round(sum(r['seconds'] for r in rows), 1),
+        wall_seconds=round(seconds, 1),
+        peak_memory_mb=round(peak),
+        finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 def open_session(
     folder: Path,  # of the run
@@ -66,8 +95,13 @@ def open_session(
     "Note that a run starts or goes on now, and with which code."
     file = folder/'sessions.json'
     try: earlier = [dict(s) for s in read_json(file)['sessions']] if file.exists() else []
-    except (Damaged, KeyError, TypeError, ValueError): earlier = []      # a note that can't be read costs nothing but itself
-    now = dict(started=datetime.now(timezone.utc).isoformat(timespec='seconds'), epochs_before=len(read_rows(folder/'history.csv')), captured=[], **git_state())
+    # a note that can't be read costs nothing but itself
+    except (Damaged, KeyError, TypeError, ValueError): earlier = []
+    now = dict(
+        started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        epochs_before=len(read_rows(folder/'history.csv')),
+        captured=[],
+        **git_state())
     write_json(file, dict(sessions=earlier + [now]))
     return earlier + [now]
 

@@ -20,15 +20,18 @@ from ..train.stage import Stage
 # %% ../../nbs/runs/64_evaluate.ipynb #999ad398
 def trained_stages(
     run: Run,  # finished
-    context: Context,  # fresh, of its recipe; where a later stage wants logits of an earlier one, put them there between two steps
+    # fresh, of its recipe; where a later stage wants logits of an earlier one, put them there between two steps
+    context: Context,
 ) -> Iterator[tuple[str, Stage]]:  # name of each stage, and the stage with the weights it ended with
-    "The stages of a run as they were left. Raises `UserError` for weights that are not here, or other data than those of the run."
+    ("The stages of a run as they were left. Raises `UserError` for weights that "
+     "are not here, or other data than those of the run.")
     check_data(run.id, run.data, context.fingerprint)
     for name, build in get_method(run.recipe.method).stages_of(run.recipe).items():
         stage = build(context)
         if stage is None: continue
         if not (run.path/f'{name}.safetensors').exists():
-            raise UserError(f'The run {run.id} has no weights of {name} here (they are not kept in git). Make them again with: {run.again}, and name that run.')
+            raise UserError(f'The run {run.id} has no weights of {name} here (they are not kept in git). '
+                            f'Make them again with: {run.again}, and name that run.')
         read_stage(stage, run.path, context.compute)
         yield name, stage
 
@@ -37,7 +40,8 @@ def logits_from_weights(
     root: str | Path | None = None,  # of the data
     device: str = 'auto',  # see `find_device`
 ) -> dict[str, np.ndarray]:  # 'stage1/logits', ..., 'labels', 'train_counts'
-    "Build the network stage by stage, fill in the stored weights, and predict the test part again. Raises `UserError` without weights."
+    ("Build the network stage by stage, fill in the stored weights, and predict "
+     "the test part again. Raises `UserError` without weights.")
     context = make_context(run.recipe, root, device)
     out = dict(labels=context.parts['test'].labels.cpu().numpy(), train_counts=context.tail.counts)
     for name, stage in trained_stages(run, context):
@@ -60,4 +64,8 @@ def evaluate(
     rule, labels, counts = shot_rule or run.recipe.shot_rule, arrays['labels'], arrays['train_counts']
     metrics = {s: run.metrics[s] | measures(arrays[f'{s}/logits'], labels, counts, rule) for s in run.stages}
     final = metrics[run.stages[-1]] | dict(stage=run.stages[-1])
-    return Run(run.path, run.recipe, metrics | dict(final=final, protocol=run.metrics['protocol'] | protocol(labels, counts, rule)), run.env)
+    return Run(
+        run.path,
+        run.recipe,
+        metrics | dict(final=final, protocol=run.metrics['protocol'] | protocol(labels, counts, rule)),
+        run.env)

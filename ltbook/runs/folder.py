@@ -74,11 +74,13 @@ class Run:
         "Arrays of predictions.h5 by name: 'logits', 'labels', 'train_counts', 'stage1/logits', ..."
         file = self.path/'predictions.h5'
         if not file.exists():
-            raise UserError(f'The run {self.id} has no logits here (they are not kept in git). Make them again with: {self.again}')
+            raise UserError(
+                f'The run {self.id} has no logits here (they are not kept in git). Make them again with: {self.again}')
         try:
             with h5py.File(checked(file)) as f: return _arrays(f)
         except (OSError, RuntimeError, Damaged):
-            raise UserError(f'The logits of {self.id} are damaged or were changed. Remove {file.name} and measure from the weights: '
+            raise UserError(f'The logits of {self.id} are damaged or were changed. Remove '
+                            f'{file.name} and measure from the weights: '
                             f'ltbook eval {self.id}') from None
 
 # %% ../../nbs/runs/62_folder.ipynb #c7153c36
@@ -134,20 +136,24 @@ def load_run(
     if not (path/'recipe.json').exists():
         raise UserError(f'{path} is not a run folder: it has no recipe.json. List finished runs with: ltbook show')
     if not (path/'done.json').exists():
-        raise UserError(f'The run in {path} is not finished. Start it again with the same words to go on where it stopped.')
+        raise UserError(
+            f'The run in {path} is not finished. Start it again with the same words to go on where it stopped.')
     try:
         recipe, metrics, env, done = (read_json(path/f'{n}.json') for n in ('recipe', 'metrics', 'env', 'done'))
         get_method(recipe['method'])
         run = Run(path, Recipe(**recipe), metrics, env)
-        if done.get('run', run.id) != run.id: raise Damaged(f'its recipe is not that of {done["run"]}')
+        if done.get('run', run.id) != run.id:
+            raise Damaged(f'its recipe is not that of {done["run"]}')
         _shaped(metrics, env)
         lost = [n for n in ALWAYS if n not in done.get('files', {})] if run.data else []
-        if lost: raise Damaged(f'done.json has lost the hash of {lost[0]}')
+        if lost:
+            raise Damaged(f'done.json has lost the hash of {lost[0]}')
         return run
     except (OSError, RecursionError, KeyError, TypeError, Damaged, ValidationError) as e:
         advice = '' if 'emove the folder' in str(e) else ' Remove the folder and run it again.'
         raise UserError(f'The run in {path} is damaged: {_reason(e)}{advice}') from None
-    except (UserError, ValueError) as e: raise UserError(f'The run in {path} cannot be read in this program: {_reason(e)}') from None
+    except (UserError, ValueError) as e:
+        raise UserError(f'The run in {path} cannot be read in this program: {_reason(e)}') from None
 
 def _reason(e: BaseException) -> str:
     "One line about an error, ending in a full stop."
@@ -174,15 +180,18 @@ def in_its_place(
     "Raise `UserError` where a folder has another name than its run: a copy would be counted twice, or as another seed."
     names = run.path.absolute().parts[-3:]
     if '/'.join(names) != run.id:
-        raise UserError(f'{run.path} holds the run {run.id} under another name: remove it, or move it to a place of that name.')
+        raise UserError(
+            f'{run.path} holds the run {run.id} under another name: remove it, or move it to a place of that name.')
     return run
 
 def find_runs(
     root: str | Path = 'outputs',  # searched three levels deep
-    hold_out: int | None = 0,  # images of every class that stood in for the test part: 0 results, a number searches, None both
+    # images of every class that stood in for the test part: 0 results, a number searches, None both
+    hold_out: int | None = 0,
     **wanted,  # fields of the recipe that must be equal, e.g. dataset='cifar100'
 ) -> list[Run]:  # finished runs, sorted by name; empty if there are none
-    "All finished runs under a folder. One that can't be read (damaged, or of a method unknown here) is left out with a warning."
+    ("All finished runs under a folder. One that can't be read (damaged, or of "
+     "a method unknown here) is left out with a warning.")
     runs, bad = scan_runs(root)
     for reason in bad.values(): warnings.warn(reason, stacklevel=2)
     if hold_out is not None: wanted = wanted | dict(hold_out=hold_out)
@@ -214,7 +223,10 @@ def resolve_run(
         if any((place/n).exists() for n in ('recipe.json', 'done.json')): return load_run(place)
     known = [r.id for r in find_runs(out, hold_out=None)]
     near = get_close_matches(text, known, 3, 0.5)
-    raise UserError(f'There is no run {text!r} here.' + (f' Did you mean {" or ".join(near)}?' if near else '') + ' List finished runs with: ltbook show')
+    raise UserError(
+        f'There is no run {text!r} here.'
+        + (f' Did you mean {" or ".join(near)}?' if near else '')
+        + ' List finished runs with: ltbook show')
 
 # %% ../../nbs/runs/62_folder.ipynb #ae15b9e8
 def find_outputs() -> Path:  # it may not exist

@@ -25,7 +25,8 @@ from ..train.files import Damaged, checked, file_hash, listing, read_json, read_
 def fingerprints(
     data: ImageData,  # whole data set
     parts: dict,  # name -> set, of a method's split
-) -> dict[str, str]:  # name -> SHA-256; and `view`, of normalisation, padding, mirroring and the head that features came with
+# name -> SHA-256; and `view`, of normalisation, padding, mirroring and the head that features came with
+) -> dict[str, str]:
     "Everything about a data set that can make a difference to a number."
     h = hashlib.sha256(json.dumps([list(data.mean), list(data.std), data.pad, data.flip]).encode())
     for t in getattr(data.train, 'head', None) or (): h.update(t.cpu().numpy().tobytes())
@@ -56,7 +57,10 @@ def make_manifest(
 ) -> dict:  # JSON-able
     "Which images a run is about."
     about = context.tail.to_dict()
-    return about | dict(positions_sha256=about['sha256'], sha256=context.fingerprint.get('train'), data=context.fingerprint or None)
+    return about | dict(
+        positions_sha256=about['sha256'],
+        sha256=context.fingerprint.get('train'),
+        data=context.fingerprint or None)
 
 def read_manifest(
     folder: Path,  # of a run
@@ -124,7 +128,15 @@ def still_owned(
                         'The same command waits for it and shows its result.')
 
 # %% ../../nbs/runs/611_keeping.ipynb #2c827805
-PASSING = ('.*.part', '.run-*.part.ipynb', 'files.json', 'progress.json', 'sessions.json', 'training.pt', 'failed.ipynb')  # on the way
+# on the way
+PASSING = (
+    '.*.part',
+    '.run-*.part.ipynb',
+    'files.json',
+    'progress.json',
+    'sessions.json',
+    'training.pt',
+    'failed.ipynb')
 LOCKS = ('.lock', '.notebook.lock')  # of the training, of the notebook around it
 UNLISTED = ('done.json', 'run.log')  # the list itself, and what belongs to no result
 
@@ -154,7 +166,10 @@ def tidy(
 ) -> None:
     "Take away what a finished run does not need; to be called by its owner."
     for pattern in PASSING: remove_left(folder, pattern)
-    with suppress(Timeout), SoftFileLease(folder/LOCKS[1], lease_duration=LEASE, heartbeat_interval=5.0, timeout=0): pass
+    with (
+        suppress(Timeout),
+        SoftFileLease(folder / LOCKS[1], lease_duration=LEASE, heartbeat_interval=5.0, timeout=0)):
+        pass
 
 def remove_left(
     folder: Path,  # of a run
@@ -194,7 +209,8 @@ def recover(
             if (folder/name).exists(): read_json(folder/name)
             elif name in listing(folder):
                 if begun(folder): raise Damaged(f'{name} in {folder} is missing.')
-                write_json(folder/'files.json', {k: v for k, v in listing(folder).items() if k != name})      # killed before it got its name
+                # killed before it got its name
+                write_json(folder/'files.json', {k: v for k, v in listing(folder).items() if k != name})
     except Damaged as e: raise UserError(f'{e} Remove the folder {folder} to run it from its start.') from None
     lost, why = _lost(folder, stages)
     for s in lost:

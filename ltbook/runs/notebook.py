@@ -6,8 +6,9 @@
 __all__ = ['WORDS', 'DEFAULTS', 'find_notebook', 'extra_parameters', 'recipe_of', 'tidy', 'run_notebook', 'rows_so_far']
 
 # %% ../../nbs/runs/66_notebook.ipynb #89d0bbae
-import importlib.util, json, os, threading
+import importlib.util, json, logging, os, threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 import ltbook
 from ..data.checks import UserError
@@ -35,7 +36,18 @@ def extra_parameters(
     return {k: v for k, v in after.items() if k not in before and k not in known and not k.startswith('_')}
 
 # %% ../../nbs/runs/66_notebook.ipynb #6ac6fc2d
-WORDS = ('method', 'dataset', 'imbalance', 'profile', 'seed', 'epochs', 'precision', 'data_root', 'out', 'device', 'start')
+WORDS = (
+    'method',
+    'dataset',
+    'imbalance',
+    'profile',
+    'seed',
+    'epochs',
+    'precision',
+    'data_root',
+    'out',
+    'device',
+    'start')
 DEFAULTS = dict(dataset='digits', profile='short', seed=0)
 
 def recipe_of(
@@ -45,13 +57,17 @@ def recipe_of(
     "The recipe that a notebook's parameters ask for."
     given = {k: words[k] for k in WORDS[1:7] if words.get(k) not in (None, '')}
     words_only = sorted(set(extra) & {*WORDS, 'source'} - {'seed', 'epochs', 'precision'})
-    if words_only: raise UserError(f'{", ".join(words_only)}: give this as a word of its own (--{words_only[0].replace("_", "-")}), not with --set.')
+    if words_only:
+        raise UserError(f'{", ".join(words_only)}: give this as a word of its own '
+                        f'(--{words_only[0].replace("_", "-")}), not with --set.')
     twice = [k for k in extra if k in given and given[k] not in (extra[k], DEFAULTS.get(k))]
     if twice: raise UserError(f'{", ".join(twice)} was given twice, with different values.')
     if words.get('start'):
         first = load_run(words['start'])
         other = [k for k, v in given.items() if v not in (getattr(first.recipe, k), DEFAULTS.get(k))]
-        if other: raise UserError(f'{", ".join(other)} are taken over from {first.id}: leave them out, or run without --from.')
+        if other:
+            raise UserError(
+                f'{", ".join(other)} are taken over from {first.id}: leave them out, or run without --from.')
         return recipe_from(first, words['method'], **extra)
     return recipe(words['method'], **DEFAULTS | given | extra)
 
@@ -80,20 +96,25 @@ def run_notebook(
     from nbclient.exceptions import DeadKernelError
     folder = Path(words['out'])/run_id(recipe)
     with owned(open_folder(recipe, words['out']), say, '.notebook.lock'):
-        if all((folder/n).exists() for n in ('run.ipynb', 'done.json')): return folder      # by the process that was waited for
+        # by the process that was waited for
+        if all((folder/n).exists() for n in ('run.ipynb', 'done.json')): return folder
         for left in folder.glob('.run-*.part.ipynb'): left.unlink()      # of a run that was killed
         part, over = folder/f'.run-{os.getpid()}.part.ipynb', threading.Event()
         watcher = threading.Thread(target=_watch, args=(folder, show, report, over), daemon=True)
         watcher.start()
         try:
-            nb = papermill.execute_notebook(str(notebook), str(part), dict(words) | extra, kernel_name='python3',
-                                            progress_bar=False, cwd=os.getcwd(), extra_arguments=['--log-level=CRITICAL'])
+            with _quiet():
+                nb = papermill.execute_notebook(
+                    str(notebook), str(part), dict(words) | extra, kernel_name='python3', progress_bar=False,
+                    cwd=os.getcwd(), extra_arguments=['--log-level=CRITICAL'])
         except papermill.PapermillExecutionError as e:
             part.replace(folder/'failed.ipynb')
             where = f'(the notebook as far as it came: {folder/"failed.ipynb"})'
             raise (UserError if e.ename == 'UserError' else RuntimeError)(f'{e.evalue} {where}') from None
         except DeadKernelError:
-            raise RuntimeError(f'The process of the notebook ended, as it does when memory runs out. The same command goes on.') from None
+            raise RuntimeError(
+                'The process of the notebook ended, as it does when memory runs out. '
+                'The same command goes on.') from None
         except OSError as e:
             raise UserError(f'Cannot write the notebook in {folder}: {e.strerror or e}. '
                             'Free some space or choose another folder with --out.') from None
@@ -104,6 +125,20 @@ def run_notebook(
         with owned(folder, say): write_atomic(folder/'run.ipynb', lambda p: p.write_text(text, encoding='utf-8'))
         (folder/'failed.ipynb').unlink(missing_ok=True)
     return folder
+
+@contextmanager
+def _quiet():
+    """Papermill raises what matters, so its log is not shown.
+
+    After a stop asyncio's is not shown either: what is left unfinished complains when it is collected.
+    """
+    log = logging.getLogger('papermill')
+    before, log.disabled = log.disabled, True
+    try: yield
+    except (KeyboardInterrupt, SystemExit):
+        logging.getLogger('asyncio').disabled = True
+        raise
+    finally: log.disabled = before
 
 def _watch(folder: Path, show, report, over: threading.Event) -> None:
     "Pass on the live line and the rows of the history, which the kernel leaves in files, until it is over."

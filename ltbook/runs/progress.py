@@ -25,7 +25,8 @@ def progress_text(
     "Where a stage is and how long it will take."
     size = stage.n_batches*stage.batch_size
     left = round(max(0, (stage.epochs - epoch)*size - images)/max(speed, 1e-9))
-    return f'{stage.name}  epoch {epoch + 1}/{stage.epochs}  loss {loss:.3f}  {speed:,.0f} images/s  {left//60}:{left % 60:02d} left'
+    return (f'{stage.name}  epoch {epoch + 1}/{stage.epochs}  loss {loss:.3f}  '
+            f'{speed:,.0f} images/s  {left // 60}:{left % 60:02d} left')
 
 # %% ../../nbs/runs/65_progress.ipynb #a1391a67
 class Reporter:
@@ -70,10 +71,20 @@ class Reporter:
         "One line an epoch, where there is no live line."
         if self.status: return
         test = f'  test top-1 {row["test_top1"]:.3f}' if 'test_top1' in row else ''
-        print(f'{row["stage"]}  epoch {row["epoch"] + 1:3d}  lr {row["lr"]:.4g}  loss {row["loss"]:.3f}  {row["images_per_second"]:,.0f} images/s{test}', flush=True)
+        print(
+            f'{row["stage"]}  epoch {row["epoch"] + 1:3d}  lr {row["lr"]:.4g}  loss '
+            f'{row["loss"]:.3f}  {row["images_per_second"]:,.0f} images/s{test}',
+            flush=True)
 
 # %% ../../nbs/runs/65_progress.ipynb #665b38b9
-COLUMNS = {'top1': 'top-1', 'many': 'many', 'medium': 'medium', 'few': 'few', 'ece15': 'ECE (15)', 'nll': 'NLL', 'brier': 'Brier'}
+COLUMNS = {
+    'top1': 'top-1',
+    'many': 'many',
+    'medium': 'medium',
+    'few': 'few',
+    'ece15': 'ECE (15)',
+    'nll': 'NLL',
+    'brier': 'Brier'}
 
 def cell(
     key: str,  # name of a measure
@@ -87,13 +98,20 @@ def cell(
 def result_table(
     run: Run,  # finished
 ) -> Table:  # for a rich console
-    "Measures of every stage, with shot groups, protocol and, if the test set was looked at on the way, the best epoch on it."
+    ("Measures of every stage, with shot groups, protocol and, if the test "
+     "set was looked at on the way, the best epoch on it.")
     p, r = run.metrics['protocol'], run.recipe
     sizes = '/'.join(str(v) for v in p['group_sizes'].values())
     best = any((run.metrics[s].get('best_on_test') for s in run.stages))
-    table = Table(title=f'{r.method} on {r.dataset}, imbalance {r.imbalance or "as it is"}, profile {r.profile}, seed {r.seed}', title_justify='left',
-                  caption=f'percent; epoch: {p.get("selection", "last")}; {p["n_test"]} {"held-out train" if r.hold_out else "test"} images; shot groups {p["shot_rule"]}: {sizes} classes', caption_justify='left')
-    for name in ('stage', *COLUMNS.values(), *(['best_on_test'] if best else [])): table.add_column(name, justify='left' if name == 'stage' else 'right')
+    table = Table(
+        title=f'{r.method} on {r.dataset}, imbalance {r.imbalance or "as it is"}, profile {r.profile}, seed {r.seed}',
+        title_justify='left',
+        caption=f'percent; epoch: {p.get("selection", "last")}; {p["n_test"]} '
+                f'{"held-out train" if r.hold_out else "test"} images; shot groups {p["shot_rule"]}: {sizes} '
+                'classes',
+        caption_justify='left')
+    for name in ('stage', *COLUMNS.values(), *(['best_on_test'] if best else [])):
+        table.add_column(name, justify='left' if name == 'stage' else 'right')
     for s in run.stages:
         m = run.metrics[s]
         top = [cell('top1', m['best_on_test']['top1']) if m.get('best_on_test') else 'not run'] if best else []

@@ -15,10 +15,17 @@ from ..methods.recipe import STAGE1_FIELDS, UNHASHED, changed, flat, published_r
 from .folder import Run
 
 # %% ../../nbs/runs/60_published.ipynb #21c13151
-NAMES = {'cifar10': 'CIFAR-10-LT', 'cifar100': 'CIFAR-100-LT', 'imagenet_lt': 'ImageNet-LT', 'places_lt': 'Places-LT', 'inaturalist2018': 'iNaturalist-2018'}
+NAMES = {
+    'cifar10': 'CIFAR-10-LT',
+    'cifar100': 'CIFAR-100-LT',
+    'imagenet_lt': 'ImageNet-LT',
+    'places_lt': 'Places-LT',
+    'inaturalist2018': 'iNaturalist-2018'}
 
 @cache
-def published() -> pd.DataFrame:  # paper, method, stage, dataset, imbalance (nan where the data set has its own), arch, test_distribution, split, metric, value (percent), source
+# paper, method, stage, dataset, imbalance (nan where the data set has its own), arch, test_distribution, split,
+# metric, value (percent), source
+def published() -> pd.DataFrame:
     "All printed numbers."
     table = pd.read_csv(Path(ltbook.__file__).parent/'runs'/'published.csv')
     return table.assign(imbalance=pd.to_numeric(table.imbalance, errors='coerce'))
@@ -27,12 +34,19 @@ def published() -> pd.DataFrame:  # paper, method, stage, dataset, imbalance (na
 def printed_for(
     run: Run,  # finished
     stage: str,  # 'stage1', ...
-) -> pd.DataFrame:  # rows of `published`; empty if nothing was printed for this method, data set and imbalance, or the run held its test images out of the train part
+# rows of `published`; empty if nothing was printed for this method, data set and imbalance, or the run held its
+# test images out of the train part
+) -> pd.DataFrame:
     "Printed numbers for the same method, data set and imbalance on the balanced test set."
     t, r = published(), run.recipe
     if r.hold_out: return t[:0]
     paper, name = get_method(r.method).printed.get(stage, ('', ''))
-    return t[(t.paper == paper) & (t.method == name) & (t.dataset == NAMES.get(r.dataset)) & (t.imbalance == r.imbalance) & (t.test_distribution == 'uniform')]
+    return t[
+        (t.paper == paper)
+        & (t.method == name)
+        & (t.dataset == NAMES.get(r.dataset))
+        & (t.imbalance == r.imbalance)
+        & (t.test_distribution == 'uniform')]
 
 # %% ../../nbs/runs/60_published.ipynb #4fa480fd
 # what a run may have otherwise than the published row
@@ -52,11 +66,18 @@ def differs(
     return ', '.join(f'{k} {said(v)} instead of {said(flat(usual)[k])}' for k, v in other.items())
 
 # %% ../../nbs/runs/60_published.ipynb #a961fce7
-MEASURES = {'top1': ('all', 'top1'), 'many': ('many', 'top1'), 'medium': ('medium', 'top1'), 'few': ('few', 'top1'), 'ece15': ('all', 'ece')}
+MEASURES = {
+    'top1': ('all', 'top1'),
+    'many': ('many', 'top1'),
+    'medium': ('medium', 'top1'),
+    'few': ('few', 'top1'),
+    'ece15': ('all', 'ece')}
 
 def beside_the_paper(
     run: Run,  # finished
-) -> pd.DataFrame:  # a row a stage and measure: ours, best_on_test, printed, difference, differs, source; empty without printed numbers
+# a row a stage and measure: ours, best_on_test, printed, difference, differs, source; empty without printed
+# numbers
+) -> pd.DataFrame:
     "Measured and printed numbers; `ours` is the last epoch. Without `difference` where the settings differ."
     rows = []
     for stage in run.stages:
@@ -67,6 +88,14 @@ def beside_the_paper(
         for key, (split, metric) in MEASURES.items():
             for _, p in printed[(printed.split == split) & (printed.metric == metric)].iterrows():
                 ours = None if m[key] is None else 100*m[key]
-                rows.append(dict(stage=stage, measure=key, ours=ours, best_on_test=100*best[key] if key in best else None, printed=p.value,
-                                 difference=None if other or ours is None else ours - p.value, differs=other, source=p.source))
+                rows.append(
+                    dict(
+                        stage=stage,
+                        measure=key,
+                        ours=ours,
+                        best_on_test=100 * best[key] if key in best else None,
+                        printed=p.value,
+                        difference=None if other or ours is None else ours - p.value,
+                        differs=other,
+                        source=p.source))
     return pd.DataFrame(rows)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_context', 'stage_logits', 'read_stage', 'run_stage', 'stage_measures', 'best_on_test', 'collect_metrics',
-           'write_predictions', 'recipe_from', 'check_start', 'copy_stage1', 'open_folder', 'begin_folder', 'prepare',
-           'run']
+           'write_predictions', 'open_folder', 'begin_folder', 'prepare', 'run']
 
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, time
@@ -19,12 +18,15 @@ from ..measure.report import measures, protocol
 from ..methods.method import Context, context_of, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, in_its_place, load_run, run_id
-from .keeping import (begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest,
-                                 owned, positions, read_manifest, recover, remove_left, still_owned, tidy)
-from ..methods.recipe import STAGE1_FIELDS, Recipe, changed, recipe
+from .keeping import (
+    begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest, owned,
+    positions, read_manifest, recover, remove_left, still_owned, tidy)
+from ..methods.recipe import Recipe, changed, recipe
+from .start import check_start, copy_stage1, recipe_from
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
-from ..train.files import checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows
+from ..train.files import (
+    checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows)
 from ..train.loop import fit, predict
 from ..train.pack import Pack
 from ..train.stage import Stage
@@ -37,20 +39,26 @@ def make_context(
     pack: Pack | None = None,  # of runs whose captured steps are done together
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
-    method, compute = get_method(recipe.method), Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack)
+    method, compute = (
+        get_method(recipe.method),
+        Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack))
     compute.use()
     context = context_of(recipe, recipe_data(recipe, root), compute)
     context.fingerprint = fingerprints(context.info, context.parts)
     first = next(iter(method.stages_of(recipe).values()))(context)      # a batch larger than the set, say, shows here
-    if recipe.first_side and not (first and first.before_epoch): raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')
-    if recipe.hold_out: context.notes['test_part'] = f'not the test set: the last {recipe.hold_out} train images of every class, held out'
+    if recipe.first_side and not (first and first.before_epoch):
+        raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')
+    if recipe.hold_out:
+        context.notes['test_part'] = (
+            f'not the test set: the last {recipe.hold_out} train images of every class, held out')
     return context
 
 # %% ../../nbs/runs/63_run.ipynb #cddf34ed
 def stage_logits(
     context: Context,  # with the test part
     stage: Stage,  # trained
-) -> dict[str, np.ndarray] | None:  # 'logits' (n, C) float32, or whatever else the stage predicts; None if it predicts nothing
+# 'logits' (n, C) float32, or whatever else the stage predicts; None if it predicts nothing
+) -> dict[str, np.ndarray] | None:
     "What the stage says about the test part."
     if stage.outputs: out = stage.outputs()
     elif stage.predict: out = predict(stage.network, context.plain('test'), len(context.parts['test']), stage.predict)
@@ -94,7 +102,8 @@ def stage_measures(
     labels = context.parts['test'].labels.cpu()
     confidence, prediction = confidences(torch.from_numpy(logits))
     bins = calibration_bins(confidence, prediction == labels)
-    return measures(logits, labels, context.tail.counts, context.recipe.shot_rule) | dict(bins=json.loads(bins.to_json(orient='records')))
+    return measures(logits, labels, context.tail.counts, context.recipe.shot_rule) | dict(
+        bins=json.loads(bins.to_json(orient='records')))
 
 # %% ../../nbs/runs/63_run.ipynb #ca046779
 def best_on_test(
@@ -111,12 +120,23 @@ def collect_metrics(
     context: Context,  # with the logits of its stages
     rows: list[dict],  # history
 ) -> dict:  # stage -> measures, 'final', 'protocol'
-    "Everything that goes into metrics.json; the last stage with logits is also `final`, and last-epoch numbers are the result unless the stage says otherwise."
-    out = {name: stage_measures(context, arrays['logits']) for name, arrays in context.logits.items() if 'logits' in arrays}
-    for name in out: out[name] |= dict(selection=context.selection.get(name, 'last'), best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
+    ("Everything that goes into metrics.json; the last stage with logits is also `final`, and "
+     "last-epoch numbers are the result unless the stage says otherwise.")
+    out = {
+        name: stage_measures(context, arrays['logits'])
+        for name, arrays in context.logits.items()
+        if 'logits' in arrays}
+    for name in out:
+        out[name] |= dict(
+            selection=context.selection.get(name, 'last'),
+            best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
     last = list(out)[-1]
     rule = protocol(context.parts['test'].labels.cpu(), context.tail.counts, context.recipe.shot_rule)
-    return out | dict(final=out[last] | dict(stage=last), protocol=rule | dict(selection=out[last]['selection'], data_sha256=context.tail.sha256, data=context.fingerprint or None) | context.notes)
+    return out | dict(
+        final=out[last] | dict(stage=last),
+        protocol=rule
+        | dict(selection=out[last]['selection'], data_sha256=context.tail.sha256, data=context.fingerprint or None)
+        | context.notes)
 
 # %% ../../nbs/runs/63_run.ipynb #b3641475
 def write_predictions(
@@ -135,55 +155,6 @@ def write_predictions(
         p.write_bytes(content.getbuffer())
     return write_atomic(path, write)
 
-# %% ../../nbs/runs/63_run.ipynb #3c32b971
-def recipe_from(
-    start: Run,  # finished, with weights of its stage 1
-    method: str,  # whose later stages shall run
-    **changes,  # as in `recipe`
-) -> Recipe:  # with `start` set
-    "A recipe that takes over the first stage of another run. Raises `UserError` unless `method` would train it alike."
-    r, m = start.recipe, get_method(method)
-    own = recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **changes)      # mistakes in words come first
-    names = [*m.stages_of(own)]
-    if names[0] != 'stage1' or len(names) < 2: raise UserError(f'{method} has no second stage to start from {start.id}.')
-    if get_method(r.method).stage1 != m.stage1:
-        raise UserError(f'The stage 1 of {start.id} was not trained as {method} trains its own: run without --from, or start from another run.')
-    if r.method != method and r.loss != own.loss:
-        raise UserError(f'The stage 1 of {start.id} was trained with the loss {r.loss}, {method} asks for {own.loss}: '
-                        f'to take it over knowingly add --set loss={r.loss}.')
-    theirs = {k: getattr(r, k) for k in STAGE1_FIELDS} | {k: getattr(r.settings, k) for k in m.stage1_settings}
-    touched = sorted(k for k in changes if k in theirs and changes[k] != theirs[k])
-    if touched:
-        raise UserError(f'What belongs to stage 1 ({", ".join(touched)}) is taken from {start.id}: leave it out, or run without --from.')
-    idle = sorted(k for k in m.unused if theirs[k] != getattr(own, k))
-    if idle: raise UserError(f'{method} knows no {", ".join(idle)}, with which the stage 1 of {start.id} was trained: run without --from.')
-    return recipe(method, r.dataset, r.imbalance, r.profile, start=r.start or start.id, **changes | theirs)
-
-# %% ../../nbs/runs/63_run.ipynb #00857c77
-def check_start(
-    start: Run,  # where stage 1 was trained
-    context: Context,  # of the new run
-) -> None:
-    "Raise `UserError` for a run without weights of stage 1, or on other images."
-    source, theirs = start.path/'stage1.safetensors', read_manifest(start.path)
-    if theirs is None: raise UserError(f'The run {start.id} has no manifest.json here: run without --from.')
-    same_test = (theirs.get('data') or context.fingerprint).get('test') == context.fingerprint.get('test')
-    if same_test and positions(theirs) != context.tail.sha256:
-        raise UserError(f'The stage 1 of {start.id} was trained on other images than this run may use: run without --from.')
-    check_data(start.id, theirs.get('data'), context.fingerprint)
-    if not source.exists():
-        raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). '
-                        f'Make them again with: {start.again}, and name that run.')
-
-def copy_stage1(
-    start: Run,  # where stage 1 was trained, see `check_start`
-    folder: Path,  # of the new run
-) -> None:
-    "Take over weights and history of stage 1."
-    source = checked(start.path/'stage1.safetensors')
-    write_rows(folder/'history.csv', [r for r in read_rows(start.path/'history.csv') if r['stage'] == 'stage1'])
-    write_atomic(folder/'stage1.safetensors', lambda p: p.write_bytes(source.read_bytes()))
-
 # %% ../../nbs/runs/63_run.ipynb #483eb971
 def open_folder(
     recipe: Recipe,  # written into it
@@ -191,9 +162,11 @@ def open_folder(
 ) -> Path:  # out/dataset/method/seed-hash
     "Make the folder of a run. Raises `UserError` if it can't be made."
     folder = Path(out)/run_id(recipe)
-    try: folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f'Cannot make the run folder under {out}: {e.strerror}. Choose another place with --out.') from None
+        raise UserError(
+            f'Cannot make the run folder under {out}: {e.strerror}. Choose another place with --out.') from None
     return folder
 
 def begin_folder(
@@ -205,9 +178,11 @@ def begin_folder(
     remove_left(folder, '.*.part')      # half-written files of a run that was killed
     recover(folder, get_method(recipe.method).stages_of(recipe), say)
     file = folder/'recipe.json'
-    if not file.exists(): write_json(file, json.loads(recipe.model_dump_json()))
+    if not file.exists():
+        write_json(file, json.loads(recipe.model_dump_json()))
     elif other := [k for k in changed(Recipe(**read_json(file)), recipe) if k not in ('source', 'capture')]:
-        raise UserError(f'recipe.json in {folder} has another {", ".join(other)} than its name says. Remove the folder to run it from its start.')
+        raise UserError(f'recipe.json in {folder} has another {", ".join(other)} than its name '
+                        'says. Remove the folder to run it from its start.')
 
 # %% ../../nbs/runs/63_run.ipynb #20e7c164
 def prepare(
@@ -261,14 +236,18 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
     recipe, began = context.recipe, time.perf_counter()
     begin_folder(recipe, folder, say)
     if recipe.precision == 'bf16' and imitates_bf16(context.compute.device):
-        say('This processor imitates bf16, about ten times slower than fp32: another run with --precision fp32 is quicker.')
+        say(
+            'This processor imitates bf16, about ten times slower than fp32: '
+            'another run with --precision fp32 is quicker.')
     sessions, noted = open_session(folder), read_manifest(folder)
     if noted is None and begun(folder):
-        raise UserError(f'{folder} has lost its manifest.json, so nobody knows its data. Remove the folder to run it from its start.')
+        raise UserError(f'{folder} has lost its manifest.json, so nobody knows its data. '
+                        'Remove the folder to run it from its start.')
     if noted is None and recipe.start and not (read_manifest(start().path) or {}).get('data'):
         context.fingerprint = {}      # nobody knows what its first stage saw
     if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
-    check_data(run_id(recipe), noted.get('data'), context.fingerprint)      # another process may have begun it meanwhile
+    # another process may have begun it meanwhile
+    check_data(run_id(recipe), noted.get('data'), context.fingerprint)
     context.fingerprint = noted.get('data') or {}      # what it began with; runs older than fingerprints noted nothing
     if recipe.start and not (folder/'stage1.safetensors').exists():
         check_start(start(), context)

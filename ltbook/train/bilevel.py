@@ -28,7 +28,8 @@ def no_running_statistics(
 
 # %% ../../nbs/train/40_bilevel.ipynb #af876cc2
 class _Normalize(torch.autograd.Function):
-    "BatchNorm with the statistics of the batch, for forward-mode differentiation: (x, weight, bias, eps) -> y and what the tangent needs."
+    ("BatchNorm with the statistics of the batch, for forward-mode differentiation: "
+     "(x, weight, bias, eps) -> y and what the tangent needs.")
     @staticmethod
     def forward(x, weight, bias, eps): return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
 
@@ -53,7 +54,10 @@ def lean_tangents(
     network: nn.Module,  # its BatchNorm layers in train mode are changed and changed back
 ) -> Iterator[None]:
     "BatchNorm whose tangent takes five passes over the images; the same numbers up to rounding, no running statistics."
-    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.affine]
+    layers = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.affine]
     for m in layers: m.forward = lambda x, m=m: _Normalize.apply(x, m.weight, m.bias, m.eps)[0]
     try: yield
     finally:
@@ -110,7 +114,8 @@ def meta_gradient(
         m = meta_loss(logits(virtual, meta['x']), meta['y']).mean()
         direction = dict(zip(params, torch.autograd.grad(m, virtual.values())))
         with torch.no_grad(), lean_tangents(network), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', '.torch.jit.script', FutureWarning)      # from inside of PyTorch's forward mode
+            # from inside of PyTorch's forward mode
+            warnings.filterwarnings('ignore', '.torch.jit.script', FutureWarning)
             u = jvp(per_sample, ({k: p.detach() for k, p in params.items()},), (direction,))[1]
     return torch.zeros_like(w).index_add_(0, y, u.to(w))*(-lr/len(y)), m.detach()
 
@@ -131,4 +136,7 @@ def bilevel_steps(
     def with_gradient(f) -> int:
         f(network, batch, meta, w, .01)
         return plain()
-    return dict(plain=plain, bilevel=lambda: with_gradient(meta_gradient), bilevel_reference=lambda: with_gradient(meta_gradient_reference))
+    return dict(
+        plain=plain,
+        bilevel=lambda: with_gradient(meta_gradient),
+        bilevel_reference=lambda: with_gradient(meta_gradient_reference))

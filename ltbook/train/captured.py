@@ -19,20 +19,23 @@ from .stage import Average, KeepBest, Stage
 
 # %% ../../nbs/train/401_captured_step.ipynb #b961b052
 class TensorSGD:
-    "The update of a `torch.optim.SGD`, on its own groups and momentum, with the rates in tensors. `UserError` for dampening or maximize."
+    ("The update of a `torch.optim.SGD`, on its own groups and momentum, with the "
+     "rates in tensors. `UserError` for dampening or maximize.")
     def __init__(
         self,
         optimizer: torch.optim.SGD,  # with its state as it shall go on; don't load another one afterwards
     ):
         self.optimizer, self.lr = optimizer, None
-        self.rate = torch.zeros((), device=optimizer.param_groups[0]['params'][0].device)  # that of groups with factor 1, for a meta step
+        # that of groups with factor 1, for a meta step
+        self.rate = torch.zeros((), device=optimizer.param_groups[0]['params'][0].device)
         if any(g['dampening'] or g['maximize'] for g in optimizer.param_groups):
             raise UserError('A captured step knows SGD without dampening and maximize only.')
         self.rates = {p: torch.zeros_like(p, requires_grad=False) for g in optimizer.param_groups for p in g['params']}
         for g in optimizer.param_groups:
             for p in g['params'] if g['momentum'] else ():
                 state = optimizer.state[p]
-                if state.get('momentum_buffer') is None: state['momentum_buffer'] = torch.zeros_like(p, requires_grad=False)
+                if state.get('momentum_buffer') is None:
+                    state['momentum_buffer'] = torch.zeros_like(p, requires_grad=False)
 
     def set_lr(
         self,
@@ -75,7 +78,8 @@ class TensorAdamW:
         self.optimizer, self.lr = optimizer, None
         device = optimizer.param_groups[0]['params'][0].device
         self.rate = torch.zeros((), device=device)
-        for g in optimizer.param_groups: g |= dict(lr=torch.zeros((), device=device), capturable=device.type == 'cuda', foreach=False)
+        for g in optimizer.param_groups:
+            g |= dict(lr=torch.zeros((), device=device), capturable=device.type == 'cuda', foreach=False)
         self.rates = {i: g['lr'] for i, g in enumerate(optimizer.param_groups)}
 
     def set_lr(
@@ -104,16 +108,22 @@ def tensor_rates(
     "An optimizer whose step reads its rates from tensors. Raises `UserError` for one that has no such form."
     forms = {torch.optim.SGD: TensorSGD, torch.optim.AdamW: TensorAdamW}
     if type(optimizer) not in forms:
-        raise UserError(f'A captured step knows SGD and AdamW, not {type(optimizer).__name__}: leave capture out (--set capture=false).')
+        raise UserError('A captured step knows SGD and AdamW, not '
+                        f'{type(optimizer).__name__}: leave capture out (--set '
+                        'capture=false).')
     return forms[type(optimizer)](optimizer)
 
 # %% ../../nbs/train/401_captured_step.ipynb #ed3989b1
 def can_capture(
     stage: Stage,  # any stage
 ) -> bool:  # whether its step is a function of plan, lambda, rate and network alone
-    "Views with `plan`, `load` and `apply`; and a stage that says `recordable`, or has no `before_step` and, without `draw`, no state but best or averaged weights."
+    ("Views with `plan`, `load` and `apply`; and a stage that says `recordable`, or has no "
+     "`before_step` and, without `draw`, no state but best or averaged weights.")
     trusted = stage.draw is not None or all(isinstance(s, (KeepBest, Average)) for s in stage.state.values())
-    return planned(stage.view) and getattr(stage.view, 'recordable', True) and (stage.recordable or (stage.before_step is None and trusted))
+    return (
+        planned(stage.view)
+        and getattr(stage.view, 'recordable', True)
+        and (stage.recordable or (stage.before_step is None and trusted)))
 
 # %% ../../nbs/train/401_captured_step.ipynb #22ceef3a
 class Replay:
@@ -151,18 +161,22 @@ class Replay:
         gc.disable()      # a graph that is collected while another one is recorded would spoil it
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings('error', '.*CUDA Graph is empty.*')      # nothing was recorded: kernels of another device, say
+                # nothing was recorded: kernels of another device, say
+                warnings.filterwarnings('error', '.*CUDA Graph is empty.*')
                 with self.cuda.graph(graph, pool=self.pool, stream=self.side): self.function()
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError): raise
-            raise RuntimeError(f'The step could not be recorded ({e}): train without recording in a new process, by --set capture=false.') from e
+            raise RuntimeError(
+                f'The step could not be recorded ({e}): train without recording '
+                'in a new process, by --set capture=false.') from e
         finally:
             if on: gc.enable()
         self.graph = graph
 
 # %% ../../nbs/train/401_captured_step.ipynb #3f97898a
 class CapturedStep:
-    "A training step on buffers of its own: called on a CPU, recorded and replayed on a GPU. `UserError` for a stage that can't be."
+    ("A training step on buffers of its own: called on a CPU, recorded and "
+     "replayed on a GPU. `UserError` for a stage that can't be.")
     def __init__(
         self,
         stage: Stage,  # see `can_capture`; prepared, and with the weights it goes on from
@@ -170,7 +184,8 @@ class CapturedStep:
         compute: Compute,  # device and precision
         cuda=None,  # a stand-in for `torch.cuda`, for tests: records on a CPU too
     ):
-        if not can_capture(stage): raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
+        if not can_capture(stage):
+            raise UserError(f'The step of {stage.name} cannot be captured: leave capture out (--set capture=false).')
         self.stage, self.sgd, self.compute = stage, tensor_rates(optimizer), compute
         self.loss, self.on_gpu = torch.ones((), device=compute.device), compute.device.type == 'cuda'
         self.loaded, self.drawn, self.numbers, self.runs, self.steps = {}, {}, {}, {}, {}
@@ -180,27 +195,37 @@ class CapturedStep:
     def arithmetic(
         self,
         loaded: dict[str, Tensor],  # what the view loads, in buffers
-        numbers: dict | None = None,  # plain ones of `draw`, part of the batch and frozen by a recording; None takes those of the last call
+        # plain ones of `draw`, part of the batch and frozen by a recording; None takes those of the last call
+        numbers: dict | None = None,
     ) -> None:
-        "Batch, meta step, forward, loss, backward, update; from buffers to buffers, without chance and without a question to the device."
+        ("Batch, meta step, forward, loss, backward, update; from buffers to buffers, "
+         "without chance and without a question to the device.")
         s = self.stage
         batch = s.view.apply(loaded) | self.drawn | (self.numbers if numbers is None else numbers)
         if s.before_step: batch = s.before_step(batch, self.sgd.rate)
         self.loss.copy_(s.update(batch, self.sgd, self.compute))
 
     def _prepared(self, loaded: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        "Where batches of these shapes lie, and the step that reads them; made when a shape, the side of the images, or a plain number is new."
+        ("Where batches of these shapes lie, and the step that reads them; made when a "
+         "shape, the side of the images, or a plain number is new.")
         size, numbers = tuple((k, tuple(v.shape)) for k, v in loaded.items()), dict(self.numbers)
         key = size, getattr(self.stage.view, 'side', None), *sorted(numbers.items())
-        if size not in self.loaded: self.loaded[size] = {k: torch.empty_like(v, device=self.compute.device) for k, v in loaded.items()}
+        if size not in self.loaded:
+            self.loaded[size] = {k: torch.empty_like(v, device=self.compute.device) for k, v in loaded.items()}
         if key not in self.steps:
             run = self.runs[key] = lambda: self.arithmetic(self.loaded[size], numbers)
             together = self.compute.pack
-            self.steps[key] = (lambda: together(run)) if together else Replay(run, pool=self.pool, cuda=self.cuda, side=self.side) if self.cuda else run
+            self.steps[key] = (
+                (lambda: together(run))
+                if together
+                else Replay(run, pool=self.pool, cuda=self.cuda, side=self.side)
+                if self.cuda
+                else run)
         return self.loaded[size], self.steps[key]
 
     def release(self) -> None:
-        "Let go of the graphs and of the network's gradients, which lie in their memory; the next step begins anew, in a memory of its own."
+        ("Let go of the graphs and of the network's gradients, which lie in their "
+         "memory; the next step begins anew, in a memory of its own.")
         if self.compute.pack: self.compute.pack.forget(self.runs.values())
         self.steps.clear(); self.runs.clear()
         if self.cuda: self.pool = self.cuda.graph_pool_handle()
@@ -244,13 +269,15 @@ class _Watch(TorchDispatchMode):
     def __init__(self): super().__init__(); self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        masked = name in ('index', 'index_put', 'index_put_') and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        masked = name in ('index', 'index_put', 'index_put_') and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if name in READS + BRINGS or masked: self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
 def host_questions(
     function: Callable[[], object],  # run once
 ) -> list[str]:  # names of the operations, in order; empty for what can be recorded
-    "Operations that read a value from the device, have a size that depends on values, or bring a Python number as a new tensor. Arrays that become tensors (`from_numpy`) are not seen."
+    ("Operations that read a value from the device, have a size that depends on values, or bring a Python "
+     "number as a new tensor. Arrays that become tensors (`from_numpy`) are not seen.")
     with _Watch() as watch: function()
     return watch.seen

@@ -20,10 +20,13 @@ def find_device(
     if name == 'auto': return torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')
     kind, _, number = str(name).partition(':')
     one_of(kind, ('auto', 'cpu', 'cuda', 'mps'), 'device')
-    if number and not number.isdigit(): raise UserError(f'Device {name!r} has no number after the colon: write for example cuda:0.')
+    if number and not number.isdigit():
+        raise UserError(f'Device {name!r} has no number after the colon: write for example cuda:0.')
     if kind == 'cuda' and int(number or 0) >= torch.cuda.device_count():
-        raise UserError(f'Device {name!r} is not there: this machine shows {torch.cuda.device_count()} CUDA devices. Use --device cpu.')
-    if kind == 'mps' and not torch.backends.mps.is_available(): raise UserError("Device 'mps' is not there on this machine. Use --device cpu.")
+        raise UserError(f'Device {name!r} is not there: this machine shows '
+                        f'{torch.cuda.device_count()} CUDA devices. Use --device cpu.')
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise UserError("Device 'mps' is not there on this machine. Use --device cpu.")
     return torch.device(f'cuda:{number or 0}' if kind == 'cuda' else name)
 
 # %% ../../nbs/train/42_compute.ipynb #12497766

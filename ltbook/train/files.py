@@ -53,10 +53,14 @@ def listing(
 ) -> dict[str, str] | None:  # name -> hash, or two with a space between; None for a folder without a list
     "The hashes a folder keeps of its files. Raises `Damaged` for a list that can't be read."
     for name in (*LISTS, LISTS[0]):      # the list may just be moving from one to the other
-        try: return _entry(name, parse_json((folder/name).read_bytes()))
-        except (FileNotFoundError, NotADirectoryError): continue
+        try:
+            return _entry(name, parse_json((folder / name).read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except (OSError, ValueError) as e:
-            raise Damaged(f'{name} in {folder} is damaged ({_first_line(e)}). Remove the folder to run it from its start.') from None
+            raise Damaged(
+                f'{name} in {folder} is damaged ({_first_line(e)}). Remove the folder to run it from its start.'
+            ) from None
     return None
 
 def parse_json(
@@ -86,7 +90,9 @@ def checked(
     home = _home(path)
     want = (listing(home[0]) or {}).get(home[1]) if home else None
     if want and path.is_file() and file_hash(path) not in want.split():
-        raise Damaged(f'{home[1]} in {home[0]} was changed since it was written. Put the old file back, or remove the folder and run it again.')
+        raise Damaged(
+            f'{home[1]} in {home[0]} was changed since it was written. Put the old '
+            'file back, or remove the folder and run it again.')
     return path
 
 def _note(path: Path, part: Path) -> None:
@@ -110,7 +116,8 @@ def write_atomic(
     path: Path,  # final name; its folder must exist
     write: Callable[[Path], None],  # writes the whole file under the name it is given
 ) -> Path:  # `path`
-    "Write under another name, note the hash if the folder keeps a list, rename. After an error the old file is untouched."
+    ("Write under another name, note the hash if the folder keeps a list, "
+     "rename. After an error the old file is untouched.")
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -178,7 +185,8 @@ def load_weights(
     path: Path,  # from `save_weights`
     network: nn.Module,  # filled in place; must have the same parts
 ) -> nn.Module:  # the same network
-    "Fill a network. Raises `UserError` for a missing file; `Damaged` for one that is changed, cut or of another network."
+    ("Fill a network. Raises `UserError` for a missing file; `Damaged` for "
+     "one that is changed, cut or of another network.")
     try: network.load_state_dict(load(checked(path).read_bytes()))
     except FileNotFoundError: raise UserError(f'There are no weights at {path}.') from None
     except Damaged: raise

@@ -34,8 +34,10 @@ def check_finite(
     "Raise `NonFiniteLoss` naming the first bad batch."
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
-        raise NonFiniteLoss(f'Loss is {losses[bad[0, 0]].item()} in {stage}, epoch {epoch + 1}, batch {bad[0, 0].item() + 1}, learning rate {lr:g}. '
-                            'Try a smaller lr (--set lr=...) or precision fp32.')
+        raise NonFiniteLoss(
+            f'Loss is {losses[bad[0, 0]].item()} in {stage}, epoch {epoch + 1}, '
+            f'batch {bad[0, 0].item() + 1}, learning rate {lr:g}. '
+            'Try a smaller lr (--set lr=...) or precision fp32.')
 
 # %% ../../nbs/train/45_loop.ipynb #5e1f0a32
 def training_step(
@@ -46,7 +48,10 @@ def training_step(
     compute: Compute,  # device and precision
 ) -> Tensor:  # loss ()
     "One training step."
-    if stage.draw: batch = batch | {k: v.to(compute.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in stage.draw().items()}
+    if stage.draw:
+        batch = batch | {
+            k: v.to(compute.device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in stage.draw().items()}
     if stage.before_step: batch = stage.before_step(batch, lr)
     return stage.update(batch, optimizer, compute)
 
@@ -91,7 +96,8 @@ def predict(
     network: nn.Module,  # put into eval mode for the time of the call
     view,  # of the set, without augmentation: see `as_view`
     n: int,  # samples
-    outputs: Callable[[nn.Module, Tensor], dict] = lambda net, x: dict(logits=net(x)),  # (network, x) -> named tensors (B, ...)
+    # (network, x) -> named tensors (B, ...)
+    outputs: Callable[[nn.Module, Tensor], dict] = lambda net, x: dict(logits=net(x)),
     batch_size: int = 500,  # samples at once
 ) -> dict[str, Tensor]:  # named tensors (n, ...) on the CPU, fp32
     "Run a network over a whole set without augmentation and collect what it returns."
@@ -111,9 +117,15 @@ def snapshot(
     curves: dict,  # name -> list of tensors, one an epoch
 ) -> dict:  # for `save_state`
     "Everything that decides how a stage goes on."
-    return dict(stage=stage.name, epoch=epoch, network=stage.network.state_dict(), optimizer=optimizer.state_dict(), curves=curves,
-                sampler=json.dumps(stage.sampler.state_dict()), rng=json.dumps(rng.bit_generator.state),
-                state={k: v.state_dict() for k, v in stage.state.items()})
+    return dict(
+        stage=stage.name,
+        epoch=epoch,
+        network=stage.network.state_dict(),
+        optimizer=optimizer.state_dict(),
+        curves=curves,
+        sampler=json.dumps(stage.sampler.state_dict()),
+        rng=json.dumps(rng.bit_generator.state),
+        state={k: v.state_dict() for k, v in stage.state.items()})
 
 # %% ../../nbs/train/45_loop.ipynb #45568669
 def restore(
@@ -162,7 +174,11 @@ def go_on(
         if saved is not None and (not isinstance(saved, dict) or saved.get('stage', stage.name) == stage.name):
             check_state(saved, stage, rows)
             done, curves = restore(saved, stage, optimizer, rng)
-            moments = [(p, v) for p, s in optimizer.state.items() for v in s.values() if isinstance(v, Tensor) and v.ndim]
+            moments = [
+                (p, v)
+                for p, s in optimizer.state.items()
+                for v in s.values()
+                if isinstance(v, Tensor) and v.ndim]
             if any(p.shape != v.shape for p, v in moments) or any(len(v) != done for v in curves.values()):
                 raise Damaged(f'The training state of {stage.name} is damaged (other shapes).')
             for was, now in zip(fresh['optimizer']['param_groups'], optimizer.param_groups):
@@ -182,7 +198,8 @@ def finish(
     curves: dict[str, Tensor],  # name -> (epochs, n)
 ) -> None:
     "Write what a stage leaves behind under its final names, the weights last; the resume file is no longer needed."
-    for name, values in curves.items(): write_rows(folder/f'{stage.name}-{name}.csv', pd.DataFrame(values.numpy()).to_dict('records'))
+    for name, values in curves.items():
+        write_rows(folder/f'{stage.name}-{name}.csv', pd.DataFrame(values.numpy()).to_dict('records'))
     if stage.state: save_state(folder/f'{stage.name}.state.pt', {k: v.state_dict() for k, v in stage.state.items()})
     save_weights(folder/f'{stage.name}.safetensors', stage.network)
     (folder/'training.pt').unlink(missing_ok=True)
@@ -212,7 +229,13 @@ def fit(
         seconds = time.perf_counter() - began
         if stage.average: stage.average.after_epoch(epoch)
         logged = stage.after_epoch(epoch) if stage.after_epoch else {}
-        row = dict(stage=stage.name, epoch=epoch, lr=stage.lr(epoch), loss=loss, seconds=round(seconds, 3), images_per_second=round(images/seconds, 1))
+        row = dict(
+            stage=stage.name,
+            epoch=epoch,
+            lr=stage.lr(epoch),
+            loss=loss,
+            seconds=round(seconds, 3),
+            images_per_second=round(images / seconds, 1))
         for k, v in logged.items():
             if isinstance(v, Tensor) and v.ndim: curves.setdefault(k, []).append(v.detach().cpu())
             else: row[k] = v.item() if isinstance(v, Tensor) else float(v)

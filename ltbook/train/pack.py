@@ -13,11 +13,13 @@ from .captured import Replay
 
 # %% ../../nbs/train/402_pack.ipynb #731f451c
 class Pack:
-    "Collects the steps of several runs and does them at once. Each run holds `turn` and calls the pack from a thread of its own; see `together`."
+    ("Collects the steps of several runs and does them at once. Each run holds `turn` "
+     "and calls the pack from a thread of its own; see `together`.")
     def __init__(
         self,
         members: int,  # runs
-        device: torch.device = torch.device('cpu'),  # on a GPU the steps are branches of one graph; else they are called one after the other
+        # on a GPU the steps are branches of one graph; else they are called one after the other
+        device: torch.device = torch.device('cpu'),
         cuda=torch.cuda,  # a stand-in, for tests
     ):
         self.turn, self.arrived = threading.Condition(), threading.Event()
@@ -59,13 +61,15 @@ class Pack:
         self,
         steps: Iterable[Callable[[], None]],  # as they were handed over
     ) -> None:
-        "Drop all graphs with these steps. New ones get a memory of their own when none is left: that of the old ones goes with them."
+        ("Drop all graphs with these steps. New ones get a memory of their own when "
+         "none is left: that of the old ones goes with them.")
         gone = set(steps)
         self.graphs = {k: g for k, g in self.graphs.items() if not gone & {*k}}
         if self.on_gpu and not self.graphs: self.pool = self.cuda.graph_pool_handle()
 
     def round(self) -> None:
-        "If everybody is there: all steps that wait, then everybody wakes up. Always called from the same thread, which has the turn."
+        ("If everybody is there: all steps that wait, then everybody wakes up. "
+         "Always called from the same thread, which has the turn.")
         if self.error or not self.waiting or len(self.waiting) < self.members: return
         steps = tuple(step for _, step in sorted(self.waiting.items()))
         try: self._graph(steps)() if self.on_gpu else self._all(steps)
@@ -79,7 +83,8 @@ class Pack:
 
     def _graph(self, steps: tuple) -> Replay:
         "What replays these steps; graphs of a pack never run at the same time and share their memory."
-        if steps not in self.graphs: self.graphs[steps] = Replay(lambda: self._forked(steps), pool=self.pool, cuda=self.cuda, side=self.side)
+        if steps not in self.graphs:
+            self.graphs[steps] = Replay(lambda: self._forked(steps), pool=self.pool, cuda=self.cuda, side=self.side)
         return self.graphs[steps]
 
     def _forked(self, steps: tuple) -> None:
@@ -95,7 +100,8 @@ def together(
     works: list[Callable[[], object]],  # one a run; each calls the pack where it would do a step
     pack: Pack,  # of as many members
 ) -> list:  # results in the same order; an exception where one was raised
-    "Run functions in threads of their own, one at a time, and do the rounds here. Ctrl-C ends all of them at their next step."
+    ("Run functions in threads of their own, one at a time, and do the rounds "
+     "here. Ctrl-C ends all of them at their next step.")
     out = [None]*len(works)
     def work(i):
         with pack.turn:

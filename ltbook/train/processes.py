@@ -17,7 +17,8 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ending_on_term() -> Iterator[None]:
-    "Within it, a polite request to end (SIGTERM) unwinds the stack as Ctrl-C does. Does nothing outside the main thread."
+    ("Within it, a polite request to end (SIGTERM) unwinds the stack as "
+     "Ctrl-C does. Does nothing outside the main thread.")
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -52,7 +52,11 @@ def one_cycle_schedule(
     return lr*min(t/rise, (1 - t)/(1 - rise))
 
 # %% ../../nbs/train/41_schedule.ipynb #05c69d68
-SCHEDULES = {'step': step_schedule, 'cosine': cosine_schedule, 'half_start': half_start_schedule, 'one_cycle': one_cycle_schedule}
+SCHEDULES = {
+    'step': step_schedule,
+    'cosine': cosine_schedule,
+    'half_start': half_start_schedule,
+    'one_cycle': one_cycle_schedule}
 
 # %% ../../nbs/train/41_schedule.ipynb #3ae60cff
 def growing_side(
@@ -65,4 +69,7 @@ def growing_side(
 ) -> int:  # side of this epoch's images, pixels
     "Small images first, full ones at the end."
     grown = min(max((epoch/epochs - wait)/(until - wait), 0), 1)
-    return min(full, first + round(grown*(full - first)/4)*4) if first < full and epoch < min(until*epochs, epochs - 1) else full
+    return (
+        min(full, first + round(grown * (full - first) / 4) * 4)
+        if first < full and epoch < min(until * epochs, epochs - 1)
+        else full)

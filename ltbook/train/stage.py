@@ -49,22 +49,31 @@ class Stage:
     seed: int = 0  # of the views' generator
     set_mode: Callable[[nn.Module], None] = nn.Module.train  # called at the start of every epoch
     before_epoch: Callable[[int], None] | None = None  # called with every epoch from 0, before its first batch
-    draw: Callable[[], dict] | None = None  # what else a batch has that doesn't depend on it: tensors on the CPU, of shapes that stay, and plain numbers
-    before_step: Callable[[dict, float | Tensor], dict] | None = None  # (batch, lr) -> batch, for example with weights added
-    recordable: bool = False  # of a `before_step`: arithmetic alone, on tensors that stay where they are and change in place
+    # what else a batch has that doesn't depend on it: tensors on the CPU, of shapes that stay, and plain
+    # numbers
+    draw: Callable[[], dict] | None = None
+    # (batch, lr) -> batch, for example with weights added
+    before_step: Callable[[dict, float | Tensor], dict] | None = None
+    # of a `before_step`: arithmetic alone, on tensors that stay where they are and change in place
+    recordable: bool = False
     after_epoch: Callable[[int], dict] | None = None  # epoch -> what to log: numbers, or tensors (curves)
-    state: dict[str, object] = field(default_factory=dict)  # more things to save and resume: name -> object with state_dict / load_state_dict
+    # more things to save and resume: name -> object with state_dict / load_state_dict
+    state: dict[str, object] = field(default_factory=dict)
     stop: Callable[[int], bool] | None = None  # epochs done -> whether that is enough; asked before every epoch
     at_end: Callable[[], None] | None = None  # after the last epoch, before the weights are written
-    predict: Callable[[nn.Module, Tensor], dict] | None = lambda network, x: dict(logits=network(x))  # for test images; None: nothing to evaluate
-    selection: str = 'last'  # which epoch the stage ends with, as the metrics shall call it: last, best_on_val, best_on_test
-    outputs: Callable[[], dict] | None = None  # instead of `predict`, for stages that do not see images: named tensors for the whole test part
+    # for test images; None: nothing to evaluate
+    predict: Callable[[nn.Module, Tensor], dict] | None = lambda network, x: dict(logits=network(x))
+    # which epoch the stage ends with, as the metrics shall call it: last, best_on_val, best_on_test
+    selection: str = 'last'
+    # instead of `predict`, for stages that do not see images: named tensors for the whole test part
+    outputs: Callable[[], dict] | None = None
 
     def __post_init__(self):
         if self.batch_size < 1: raise UserError(f'batch_size must be at least 1, got {self.batch_size}.')
         if self.epochs and self.batch_size > len(self.sampler):
-            raise UserError(f'batch_size {self.batch_size} is larger than one epoch of {len(self.sampler)} samples in {self.name}: '
-                            f'use --set batch_size={max(1, len(self.sampler)//4)}, or anything up to {len(self.sampler)}.')
+            raise UserError(
+                f'batch_size {self.batch_size} is larger than one epoch of {len(self.sampler)} samples in {self.name}: '
+                f'use --set batch_size={max(1, len(self.sampler) // 4)}, or anything up to {len(self.sampler)}.')
 
     @property
     def n_batches(self) -> int:
@@ -79,10 +88,12 @@ class Stage:
         groups = [{'lr_factor': 1.0, **g} for g in groups]
         if self.rule == 'adamw':
             return torch.optim.AdamW(groups, lr=0.0, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
-        return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
 
     def update(self, batch: dict, optimizer, compute: Compute) -> Tensor:
-        "Forward pass, loss, backward pass and a step of the optimizer (anything with `zero_grad` and `step`) on a complete batch; returns the loss ()."
+        ("Forward pass, loss, backward pass and a step of the optimizer (anything with "
+         "`zero_grad` and `step`) on a complete batch; returns the loss ().")
         loss = self._backward(batch, optimizer, compute)
         if self.sam_rho:
             with climbed(self.network, self.sam_rho): self._backward(batch, optimizer, compute)
@@ -211,4 +222,5 @@ class KeepBest:
 
     def state_dict(self) -> dict: return dict(best=self.best, epoch=self.epoch, weights=self.weights)
 
-    def load_state_dict(self, state: dict) -> None: self.best, self.epoch, self.weights = state['best'], state['epoch'], state['weights']
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.epoch, self.weights = state['best'], state['epoch'], state['weights']

@@ -49,7 +49,8 @@ class _Graph:
         self.note.replays, self.note.operations = self.note.replays + 1, len(self.tape.calls)
 
 class TapeCuda:
-    "What is asked of `torch.cuda` by `Replay`, `Pack` and `CapturedStep`, on a CPU; `graphs` has a note of each: `replays` and `operations`."
+    ("What is asked of `torch.cuda` by `Replay`, `Pack` and `CapturedStep`, on a CPU; "
+     "`graphs` has a note of each: `replays` and `operations`.")
     def __init__(self): self.graphs, self.pools = [], []
     def Stream(self) -> SimpleNamespace: return SimpleNamespace(wait_stream=lambda other: None)
     current_stream = Stream

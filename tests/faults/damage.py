@@ -47,10 +47,14 @@ def damage(path, kind, other, rng):
     before = path.read_bytes()
     if kind == 'gone': path.unlink(); return True
     after = {
-        'cut': before[:rng.randrange(len(before))], 'empty': b'', 'zeros': bytes(len(before)),
-        'flip': bytearray(before), 'swap': other.read_bytes() if other.exists() else b'x',
-        'shape': rng.choice([b'[]', b'{}', b'"x"', b'3', b'null', b'{"stage1": {"top1": "high"}}', b'{"run": 3, "files": []}']),
-        'nested': b'['*rng.choice([2_000, 200_000])}[kind]
+        'cut': before[: rng.randrange(len(before))],
+        'empty': b'',
+        'zeros': bytes(len(before)),
+        'flip': bytearray(before),
+        'swap': other.read_bytes() if other.exists() else b'x',
+        'shape': rng.choice(
+            [b'[]', b'{}', b'"x"', b'3', b'null', b'{"stage1": {"top1": "high"}}', b'{"run": 3, "files": []}']),
+        'nested': b'[' * rng.choice([2_000, 200_000])}[kind]
     if kind == 'flip':
         i = rng.randrange(len(before))
         after[i] ^= 1 << rng.randrange(8)
@@ -71,7 +75,8 @@ def finished_fault(folder, whole):
     wrong = []
     for verb in (['show', str(folder)], ['eval', str(folder)], ['show', '--out', str(folder.parents[2])]):
         p = CliRunner().invoke(app, verb, env=dict(COLUMNS='200'))
-        if p.exit_code not in (0, 1, 2) or (p.exception and not isinstance(p.exception, SystemExit)): wrong.append(f'{verb[0]}: {p.exception!r}')
+        if p.exit_code not in (0, 1, 2) or (p.exception and not isinstance(p.exception, SystemExit)):
+            wrong.append(f'{verb[0]}: {p.exception!r}')
         if 'Traceback' in p.output: wrong.append(f'{verb[0]}: traceback')
     found, refused = quietly(lambda: load_run(folder))
     if refused: return wrong
@@ -81,9 +86,11 @@ def finished_fault(folder, whole):
     history, refused = quietly(lambda: found.history)
     if not refused and not history.equals(whole.history): wrong.append('another history is shown')
     arrays, refused = quietly(lambda: found.predictions)
-    if not refused and any(not np.array_equal(arrays.get(k), v) for k, v in whole.predictions.items()): wrong.append('other logits are shown')
+    if not refused and any(not np.array_equal(arrays.get(k), v) for k, v in whole.predictions.items()):
+        wrong.append('other logits are shown')
     again, refused = quietly(lambda: evaluate(found, weights=True, device='cpu'))
-    if not refused and abs(again.metrics['final']['top1'] - whole.metrics['final']['top1']) > 1e-9: wrong.append('measured with other weights')
+    if not refused and abs(again.metrics['final']['top1'] - whole.metrics['final']['top1']) > 1e-9:
+        wrong.append('measured with other weights')
     return wrong
 
 
@@ -92,14 +99,17 @@ SAID = {'training.pt', 'history.csv', 'stage1.safetensors'}      # costs somethi
 
 
 def half_fault(folder, whole, out, name, kind):
-    "What is wrong when a damaged unfinished run is started again: the same numbers, or a refusal where nothing else is possible"
+    ("What is wrong when a damaged unfinished run is started again: the same "
+     "numbers, or a refusal where nothing else is possible")
     said = []
     done, refused = quietly(lambda: load_run(run(whole.recipe, out, device='cpu', say=said.append)))
     if refused: return [] if name in REFUSED else [f'refused: {refused}']
     if name in SAID and kind != 'gone' and not said: return ['nothing was said']
     if done.metrics != whole.metrics: return ['ended with other numbers']
     if not np.array_equal(done.predictions['logits'], whole.predictions['logits']): return ['ended with other logits']
-    if [(r.stage, r.epoch) for r in done.history.itertuples()] != [(r.stage, r.epoch) for r in whole.history.itertuples()]: return ['another history']
+    if [(r.stage, r.epoch) for r in done.history.itertuples()] != [
+        (r.stage, r.epoch) for r in whole.history.itertuples()]:
+        return ['another history']
     return []
 
 
@@ -112,8 +122,13 @@ def one(kind_of_run, made, top, rng, whole):
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
     name, kind = rng.choice(names), rng.choice(KINDS)
     changed = damage(folder/name, kind, made[kind_of_run, 1]/name, rng)
-    if not changed: wrong = []
-    else: wrong = finished_fault(folder, whole) if kind_of_run == 'finished' else half_fault(folder, whole, out, name, kind)
+    if not changed:
+        wrong = []
+    else:
+        wrong = (
+            finished_fault(folder, whole)
+            if kind_of_run == 'finished'
+            else half_fault(folder, whole, out, name, kind))
     shutil.rmtree(out)
     return f'{kind_of_run} {name} {kind}', wrong
 

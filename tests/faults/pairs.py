@@ -27,8 +27,13 @@ ALLOWED = {'done.json', 'env.json', 'history.csv', 'manifest.json', 'metrics.jso
 
 
 def launch(out, bare, log):
-    return subprocess.Popen([sys.executable, '-m', 'ltbook', *WORDS, '--out', str(out), *['--bare']*bare], cwd=ROOT,
-                            env=child_env(1) | {MARK: str(out)}, stdout=open(log, 'wb'), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, '-m', 'ltbook', *WORDS, '--out', str(out), *['--bare'] * bare],
+        cwd=ROOT,
+        env=child_env(1) | {MARK: str(out)},
+        stdout=open(log, 'wb'),
+        stderr=subprocess.STDOUT,
+        start_new_session=True)
 
 
 def kernels(out):
@@ -36,7 +41,10 @@ def kernels(out):
     found = []
     for p in Path('/proc').glob('[0-9]*'):
         try:
-            if b'ipykernel' in (p/'cmdline').read_bytes() and f'{MARK}={out}'.encode() in (p/'environ').read_bytes(): found.append(int(p.name))
+            if (
+                b'ipykernel' in (p/'cmdline').read_bytes()
+                and f'{MARK}={out}'.encode() in (p/'environ').read_bytes()):
+                found.append(int(p.name))
         except OSError: continue
     return found
 
@@ -74,7 +82,8 @@ def pair(top, whole, bare=(True, True), delay=0., kill=None, how=signal.SIGKILL)
     while kernels(out) and time.monotonic() < until: time.sleep(.1)
     if kernels(out): wrong.append('a kernel lives on')
     columns = ['stage', 'epoch', 'lr', 'loss']
-    if not pd.DataFrame(run.history)[columns].equals(pd.DataFrame(whole.history)[columns]): wrong.append('another history')
+    if not pd.DataFrame(run.history)[columns].equals(pd.DataFrame(whole.history)[columns]):
+        wrong.append('another history')
     if not np.array_equal(run.predictions['logits'], whole.predictions['logits']): wrong.append('other logits')
     if run.metrics != whole.metrics: wrong.append('other metrics')
     if not all(bare) and kill is None and not (run.path/'run.ipynb').exists(): wrong.append('no notebook')

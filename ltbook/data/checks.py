@@ -57,5 +57,6 @@ def check_name(
     "Raise `UserError` for a name that cannot be one of a file in its folder."
     odd = not name or name[0] == '.' or set(name) & set('/\\') or printable(name) != name
     if odd: raise UserError(f'{printable(name)!r} cannot name a {what}: use letters, digits, - and _.')
-    if len(os.fsencode(name)) > 120: raise UserError(f'{name[:40]}… is too long to name a {what}: use at most 120 bytes.')
+    if len(os.fsencode(name)) > 120:
+        raise UserError(f'{name[:40]}… is too long to name a {what}: use at most 120 bytes.')
     return name

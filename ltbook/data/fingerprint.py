@@ -61,14 +61,9 @@ def kept_rows(
     stamp: list[int],  # of the file, taken before it was read
 ) -> dict[str, np.ndarray]:  # name -> uint8 (N, 32)
     "Hashes of the rows of a file, from the file beside it or made and kept there."
-<<<<<<< HEAD
     beside = _beside(path)
-    with suppress(Exception), np.load(beside, allow_pickle=False) as f:      # whatever is wrong with it, it can be made again
-=======
-    beside = Path(path).with_name(f'.{Path(path).name}.rows.npz')
     # whatever is wrong with it, it can be made again
     with suppress(Exception), np.load(beside, allow_pickle=False) as f:
->>>>>>> main
         rows = {k: f[k] for k in parts}
         fits = all(rows[k].dtype == np.uint8 and rows[k].shape == (len(v), 32) for k, v in parts.items())
         if fits and f['stamp'].tolist() == stamp: return rows

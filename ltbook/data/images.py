@@ -59,7 +59,7 @@ def is_here(
     root = data_root(root)
     return (
         name == 'digits'
-        or (root/f'{name}.h5').is_file()
+        or (root / f'{name}.h5').is_file()
         or all(any((root / name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*')))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db
@@ -80,7 +80,7 @@ def _digits() -> tuple[ImageSet, ImageSet]:
 class _Arrays(pickle.Unpickler):
     "Reads lists, texts and arrays, and refuses everything else."
     def find_class(self, module, name):
-        if name == '_reconstruct' and module.endswith('core.multiarray'): return np.core.multiarray._reconstruct
+        if name == '_reconstruct' and module.endswith('core.multiarray'): return np.empty(0).__reduce__()[0]
         if module == 'numpy' and name in ('ndarray', 'dtype'): return getattr(np, name)
         if (module, name) == ('_codecs', 'encode'): return codecs.encode
         raise UserError(f'it asks for {printable(module)}.{printable(name)}, which no file of images needs')
@@ -141,7 +141,8 @@ def _download_cifar(name, path):
             write_h5(path, *parts, source='official archive by torchvision, original order')
     except (OSError, RuntimeError) as e:
         if new and path.parent.exists(): path.parent.rmdir()
-        hint = f'put the official archive or {path.name} into {path.parent}, or name the folder that holds it: --data-root, or LTBOOK_DATA'
+        hint = (f'put the official archive or {path.name} into {path.parent}, or name the '
+                'folder that holds it: --data-root, or LTBOOK_DATA')
         raise UserError(f'{name} could not be downloaded ({e}); {hint}.') from e
 
 def _moments(images):
@@ -193,14 +194,8 @@ def _own(train, attrs):
     "Constants of a file of one's own: its attributes, or what the training part says"
     own = {k: tuple(float(v) for v in np.atleast_1d(attrs[k])) for k in ('mean', 'std') if k in attrs}
     if len(own) < 2: own = dict(zip(('mean', 'std'), _moments(train.images)))
-<<<<<<< HEAD
-    return dict(own, pad=int(attrs.get('pad', min(train.shape[:2]) // 8)), flip=bool(attrs.get('flip', False)), imbalance=None)
-=======
-    if any(len(v) != train.shape[-1] for v in own.values()):
-        raise UserError('The attributes mean and std of the file need one number for each channel.')
     return dict(
         own,
         pad=int(attrs.get('pad', min(train.shape[:2]) // 8)),
         flip=bool(attrs.get('flip', False)),
         imbalance=None)
->>>>>>> main

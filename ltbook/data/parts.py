@@ -26,16 +26,9 @@ def held_out_counts(
     counts = np.asarray(counts, dtype=np.int64)
     held = np.clip(np.rint(fraction*counts), 1, most).astype(np.int64)
     if (held >= counts).any():
-<<<<<<< HEAD
         k = np.argmax(held >= counts)
         raise UserError(f'Class {k} has {counts[k]} image to train on, and one has to be held out: '
                         'every class needs 2, so add one, leave the class out, or lower the imbalance.')
-=======
-        raise UserError(f'Class {np.argmax(held >= counts)} has '
-                        f'{counts[np.argmax(held >= counts)]} images, too few to hold one out: '
-                        'lower the '
-                        f'imbalance or use protocol V.')
->>>>>>> main
     return held
 
 # %% ../../nbs/data/07_parts.ipynb #ccd71a5c
@@ -62,13 +55,8 @@ def reserve(
     labels = np.asarray(labels)
     have = np.bincount(labels)
     if have.min() <= n_reserved:
-<<<<<<< HEAD
         raise UserError(f'Class {have.argmin()} has {have.min()} images, of which {n_reserved} should be reserved: '
                         'add images, or leave the class out' + (', or use protocol H.' if have.min() > 1 else '.'))
-=======
-        raise UserError(f'Class {have.argmin()} has {have.min()} images, not more than the {n_reserved} to reserve of '
-                        f'each: use protocol H.')
->>>>>>> main
     counts = have if imbalance is None else long_tail_counts(float(have.min()), len(have), imbalance, kind)
     counts = np.minimum(counts, have - n_reserved)
     rng, keep, aside = np.random.RandomState(data_seed), [], []

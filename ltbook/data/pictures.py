@@ -77,7 +77,10 @@ def fit_square(
     size = (side, side)
     if one_of(how, FITS, 'way to fit') == 'crop': return np.asarray(ImageOps.fit(im, size))
     if how == 'squash': return np.asarray(im.resize(size))
-    return np.asarray(ImageOps.pad(im, size, color=background))
+    inner = [max(1, round(side*d/max(im.size))) for d in im.size]
+    square = Image.new('RGB', size, background)
+    square.paste(im.resize(inner), tuple((side - d)//2 for d in inner))
+    return np.asarray(square)
 
 def cut_off(
     im: Image.Image,  # upright
@@ -175,8 +178,9 @@ class Seen:
         "In words, for the user."
         told = [f'{n} pictures {kind}.' for kind, n in sorted(self.kinds.items())]
         if fit in (None, 'crop') and max(self.cuts, default=0) > .005:
-            told.append(f'Cropping to the central square cuts off {100*np.mean(self.cuts):.0f} % of a picture on average, '
-                        f'{100*max(self.cuts):.0f} % at most; --fit letterbox or --fit squash keeps all of it.')
+            told.append(
+                f'Cropping to the central square cuts off {100 * np.mean(self.cuts):.0f} % of a picture on average, '
+                f'{100 * max(self.cuts):.0f} % at most; --fit letterbox or --fit squash keeps all of it.')
         return told + [f'Left out: {text}' for text in self.broken]
 
 # %% ../../nbs/data/020_pictures.ipynb #ec2a5135

@@ -132,7 +132,6 @@ def read_h5(
     if not is_known(path, stamp): _try_to_open(path)
     try:
         with h5py.File(path, 'r') as f:
-<<<<<<< HEAD
             classes = _classes(f, path)
             parts = [_part(f, name, classes, path) for name in ('train', 'test')]
             attrs = _attributes(f, path, parts[0].shape)
@@ -141,23 +140,11 @@ def read_h5(
         raise UserError(f'{path} does not fit into memory; store its images in one piece (without chunks), '
                         'then they are read as they are needed.') from e
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as e:
-        raise UserError(f'{path} cannot be read ({e}); it is damaged or cut short, so write or download it again.') from e
-    if (parts[0].counts == 0).any():
-        none = classes[parts[0].counts.argmin()]
-        raise UserError(f'{path}: class {none!r} has no training images; add some or drop the class.')
-=======
-            if 'classes' not in f.attrs:
-                raise UserError(f'{path} has no attribute "classes" with the class names; add it.')
-            classes = tuple(c.decode() if isinstance(c, bytes) else str(c) for c in np.atleast_1d(f.attrs['classes']))
-            parts = [_part(f, name, classes, path) for name in ('train', 'test')]
-            attrs = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in f.attrs.items() if k != 'classes'}
-    except (OSError, KeyError, RuntimeError, ValueError) as e:
         raise UserError(
             f'{path} cannot be read ({e}); it is damaged or cut short, so write or download it again.') from e
     if (parts[0].counts == 0).any():
-        raise UserError(
-            f'{path}: class {classes[parts[0].counts.argmin()]!r} has no training images; add some or drop the class.')
->>>>>>> main
+        none = classes[parts[0].counts.argmin()]
+        raise UserError(f'{path}: class {none!r} has no training images; add some or drop the class.')
     if parts[0].shape != parts[1].shape:
         raise UserError(f'{path}: train and test images differ in shape; resize one part.')
     rows = kept_rows(path, {k: p.images.numpy() for k, p in zip(('train', 'test'), parts)}, stamp)
@@ -182,7 +169,8 @@ def _try_to_open(path: Path, seconds: float = 10.) -> None:
         raise UserError(f'{path} makes the HDF5 library crash; it is damaged, so write or download it again.')
 
 def _stored(f: h5py.File, key: str, path: Path) -> h5py.Dataset:
-    "A data set that lies in this file. Raises `UserError` for links, for storage elsewhere, and for sizes that cannot be."
+    ("A data set that lies in this file. Raises `UserError` for links, for "
+     "storage elsewhere, and for sizes that cannot be.")
     parts = key.split('/')
     for i in range(len(parts)):
         link = f.get('/'.join(parts[:i + 1]), getlink=True)
@@ -215,7 +203,11 @@ def _classes(f: h5py.File, path: Path) -> tuple[str, ...]:
 def _numbers(value, channels: int, good) -> bool:
     "One finite number a channel, each of them good?"
     v = np.atleast_1d(value)
-    return v.dtype.kind in 'fiu' and v.shape == (channels,) and bool(np.isfinite(v).all()) and all(map(good, v.tolist()))
+    return (
+        v.dtype.kind in 'fiu'
+        and v.shape == (channels,)
+        and bool(np.isfinite(v).all())
+        and all(map(good, v.tolist())))
 
 def _attributes(f: h5py.File, path: Path, shape: tuple[int, int, int]) -> dict:
     "The optional attributes, each of its type and within its bounds."
@@ -244,7 +236,6 @@ def _mapped(d: h5py.Dataset, path: Path) -> np.ndarray:
 
 def _part(f, name, classes, path):
     "One part of an open file as an `ImageSet`"
-<<<<<<< HEAD
     images, labels = (_stored(f, f'{name}/{k}', path) for k in ('images', 'labels'))
     for d, kinds, ndim, what in ((images, 'u', 4, 'uint8'), (labels, 'iu', 1, 'int64')):
         if d.ndim != ndim or d.dtype.kind not in kinds or (ndim == 4 and d.dtype != np.uint8):
@@ -256,48 +247,6 @@ def _part(f, name, classes, path):
     try: return ImageSet(torch.from_numpy(_mapped(images, path)), torch.from_numpy(y.astype(np.int64)), classes)
     except UserError as e: raise UserError(f'{path}, {name} part: {e} Correct the file.') from e
 
-=======
-    arrays = []
-    for key, dtype, ndim in ((f'{name}/images', np.uint8, 4), (f'{name}/labels', np.int64, 1)):
-        if not isinstance(f.get(key), h5py.Dataset):
-            raise UserError(f'{path} has no {key}; it must hold train/ and test/, each with images and labels.')
-        d = f[key]
-        if d.dtype != dtype or d.ndim != ndim:
-            raise UserError(f'{path}: {key} must be {np.dtype(dtype).name} with {ndim} axes, not '
-                            f'{d.dtype} with shape {d.shape}; convert it.')
-        if not len(d): raise UserError(f'{path}: {key} is empty; add images.')
-        arrays.append(torch.from_numpy(_mapped(d, path) if ndim == 4 else d[()]))
-    try: return ImageSet(*arrays, classes)
-    except UserError as e: raise UserError(f'{path}, {name} part: {e} Correct the file.') from e
-
-# %% ../../nbs/data/02_stores.ipynb #396a02aa
-RESERVED = ('cifar10', 'cifar100', 'digits')  # names of the built-in data sets
-PICTURES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
-
-def _pictures(folder):
-    "Class name -> sorted picture files of one folder of class folders"
-    classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and d.name[0] != '.']
-    found = {d.name: sorted(p for p in d.iterdir() if p.suffix.lower() in PICTURES) for d in classes}
-    if len(found) < 2: raise UserError(f'{folder} must hold at least 2 class folders, found {len(found)}.')
-    for name, files in found.items():
-        if not files:
-            raise UserError(
-                f'{folder / name} holds no pictures ({", ".join(sorted(PICTURES))}); add some or remove the folder.')
-    return found
-
-def _load(files, classes, size):
-    "`ImageSet` of a mapping class name -> files"
-    from PIL import Image, ImageOps
-    images, labels = [], []
-    for k, name in enumerate(classes):
-        for p in files[name]:
-            try:
-                with Image.open(p) as im: images.append(np.asarray(ImageOps.fit(im.convert('RGB'), (size, size))))
-            except OSError as e: raise UserError(f'{p} cannot be read as a picture ({e}); repair or remove it.') from e
-            labels.append(k)
-    return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels), tuple(classes))
-
->>>>>>> main
 # %% ../../nbs/data/02_stores.ipynb #0ca8b005
 RESERVED = ('cifar10', 'cifar100', 'digits')  # names of the built-in data sets
 
@@ -315,12 +264,12 @@ def import_folder(
     say: Callable[[str], None] = lambda text: None,  # told what was found and what was done
 ) -> Path:  # the written file
     "Make a data set of a folder of pictures; `UserError` for an unusable name, folder or picture."
-<<<<<<< HEAD
     folder, file, reading = Path(folder), Path(root)/f'{name}.h5', Reading(size, fit, background, skip_broken)
     check_name(name, 'data set')
     if name in RESERVED: raise UserError(f'{name} is the name of a built-in data set; choose another one.')
     if file.exists() and not force:
-        raise UserError(f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
+        raise UserError(
+            f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
     if not folder.is_dir():
         raise UserError(f'{folder} is not a folder; give one with a folder of pictures for each class.')
     if not 0 < test_fraction < 1: raise UserError(f'test_fraction must lie between 0 and 1, got {test_fraction}.')
@@ -333,32 +282,3 @@ def import_folder(
                         'to test on; add pictures or remove the class folder.')
     for text in [*seen.sentences(fit), *class_table(train.counts, test.counts, train.classes)]: say(text)
     return write_h5(file, train, test, source=f'pictures of folder {printable(folder.name)}')
-=======
-    folder = Path(folder)
-    if name in RESERVED or not name.replace('-', '').replace('_', '').isalnum():
-        raise UserError(
-            f'{name!r} cannot name a data set: use letters, digits, - and _, and none of {", ".join(RESERVED)}.')
-    if size < 4: raise UserError(f'The side of the images must be at least 4 pixels, got {size}.')
-    if (Path(root)/f'{name}.h5').exists() and not force:
-        raise UserError(
-            f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
-    if not folder.is_dir():
-        raise UserError(f'{folder} is not a folder; give one with a folder of pictures for each class.')
-    if not 0 < test_fraction < 1: raise UserError(f'test_fraction must lie between 0 and 1, got {test_fraction}.')
-    if (folder/'train').is_dir() and (folder/'test').is_dir():
-        train, test = _pictures(folder/'train'), _pictures(folder/'test')
-        if odd := sorted(train.keys() ^ test.keys()):
-            raise UserError(f'{folder}: train/ and test/ must have the same class folders; look at {", ".join(odd)}.')
-    else:
-        train, test, rng = {}, {}, np.random.default_rng(seed)
-        for c, files in _pictures(folder).items():
-            if len(files) < 2:
-                raise UserError(f'{folder / c} has 1 picture; a class needs 2, one to train and one to test on.')
-            n, order = min(max(1, round(test_fraction * len(files))), len(files) - 1), rng.permutation(len(files))
-            test[c], train[c] = [files[i] for i in sorted(order[:n])], [files[i] for i in sorted(order[n:])]
-    return write_h5(
-        Path(root)/f'{name}.h5',
-        _load(train, train, size),
-        _load(test, train, size),
-        source=f'pictures of folder {folder.name}')
->>>>>>> main

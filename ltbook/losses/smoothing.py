@@ -16,8 +16,7 @@ SHAPES = {
     'concave': lambda t, p: np.sin(np.pi*t/2),
     'linear': lambda t, p: t,
     'convex': lambda t, p: 1 + np.sin(1.5*np.pi + np.pi*t/2),
-    'power': lambda t, p: t**p,
-}
+    'power': lambda t, p: t**p}
 
 # %% ../../nbs/losses/22_smoothing.ipynb #9cd2c29d
 def smoothing_strength(

@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['NonNegative', 'Positive', 'Length', 'Share', 'Seed', 'Whole', 'FACTS', 'STAGE1_FIELDS', 'UNHASHED', 'LOSS_FIELDS',
-           'TRUTHS', 'WORDS', 'PROFILES', 'Settings', 'Published', 'Recipe', 'spelt', 'flat', 'changed', 'recipe_hash',
-           'published_row', 'recipe']
+           'WORDS', 'PROFILES', 'Settings', 'Published', 'Recipe', 'flat', 'changed', 'recipe_hash', 'published_row',
+           'recipe']
 
 # %% ../../nbs/methods/501_recipe.ipynb #4b214260
 import hashlib, json, math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from pydantic import (
-    BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
+from typing import Annotated, Any, Literal
+from pydantic import (BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
 from ..data.checks import UserError, check_name
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
 from .fast import FAST
+from .spelling import spelt
 from .registry import get_method, methods
 from ..models.backbones import BACKBONES, DECLARED
 from ..train.schedule import SCHEDULES
@@ -118,8 +117,7 @@ class Recipe(BaseModel):
         'constant', stage1=True, since='0.3', was=_META)
     flip: bool | None = _fact(None, stage1=True, since='0.3')  # mirror half of them; None: the data set's
     # largest angle to either side, degrees
-    rotation: Annotated[float, Field(ge=0, le=180)] = _fact(
-        0., stage1=True, since='0.3', was=_EXPERTS)
+    rotation: Annotated[float, Field(ge=0, le=180)] = _fact(0., stage1=True, since='0.3', was=_EXPERTS)
     # largest change of brightness, contrast and saturation
     jitter: Share = _fact(0., stage1=True, since='0.3')
     auto_augment: bool = _fact(False, stage1=True, since='0.3', was=_META)  # the policy found for CIFAR-10
@@ -175,45 +173,7 @@ class Recipe(BaseModel):
 FACTS = {k: f.json_schema_extra for k, f in Recipe.model_fields.items()}  # name -> stage1, hashed, since, was
 STAGE1_FIELDS = tuple(k for k, f in FACTS.items() if f['stage1'])
 UNHASHED = tuple(k for k, f in FACTS.items() if not f['hashed'])
-LOSS_FIELDS = (
-    'loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
-
-# %% ../../nbs/methods/501_recipe.ipynb #6c0ac69c
-TRUTHS = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
-
-def _kinds(annotation: Any) -> set[type]:
-    "The plain types that an annotation allows."
-    if get_origin(annotation) is Literal: return {type(v) for v in get_args(annotation)}
-    if get_origin(annotation) is Annotated: return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType): return set().union(*map(_kinds, get_args(annotation)))
-    return {get_origin(annotation) or annotation}
-
-def spelt(
-    value: Any,  # as somebody wrote it
-    annotation: Any,  # type of the field it is for
-) -> Any:  # the value of that type that is meant, else the same; not validated
-    "Read a value in any usual spelling."
-    kinds = _kinds(annotation)
-    if isinstance(value, str) and str not in kinds:
-        word = value.strip()
-        if bool in kinds and word.lower() in TRUTHS: return TRUTHS[word.lower()]
-        if NoneType in kinds and word.lower() in ('none', 'null', ''): return None
-        if not kinds & {int, float, bool}: return _json(word)
-        try: value = int(word) if word.lstrip('+-').isdecimal() else float(word)
-        except ValueError: return value
-    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer(): return int(value)
-    if type(value) is int and value in (0, 1) and bool in kinds and not kinds & {int, float}: return bool(value)
-    return value
-
-def _json(word: str) -> Any:
-    "A list or another structure, where the word is one."
-    try: return json.loads(word)
-    except ValueError: return word
-
-def _annotation(method, name: str) -> Any:
-    "The type of a field of the recipe or a setting of the method; Any for unknown names."
-    field = Recipe.model_fields.get(name) or method.settings.model_fields.get(name)
-    return field.annotation if field else Any
+LOSS_FIELDS = ('loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
 
 # %% ../../nbs/methods/501_recipe.ipynb #dfcfface
 def flat(
@@ -330,3 +290,8 @@ def _wrong_values(error: ValidationError) -> str:
     return '; '.join(
         f'{".".join(map(str, e["loc"][:1]))} = {e["input"]!r}: {e["msg"][0].lower()}{e["msg"][1:]}'
         for e in error.errors()) + '.'
+
+def _annotation(method, name: str) -> Any:
+    "The type of a field of the recipe or a setting of the method; Any for unknown names."
+    field = Recipe.model_fields.get(name) or method.settings.model_fields.get(name)
+    return field.annotation if field else Any

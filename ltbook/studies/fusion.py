@@ -16,7 +16,7 @@ import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.parts import class_splits
-from ..data.stores import ImageSet
+from ..data.stores import ImageSet, stored
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
@@ -73,6 +73,14 @@ def write_logits(
         p.write_bytes(content.getbuffer())
     return write_atomic(Path(path), write)
 
+def _logit_fault(a: dict[str, np.ndarray]) -> str:
+    "What is wrong with the arrays of a logit file; empty where nothing is."
+    z, y, mask = (a[k] for k in ('logits', 'labels', 'class_mask'))
+    if z.ndim != 2 or z.dtype.kind != 'f': return 'logits must be floats with 2 axes'
+    if y.ndim != 1 or y.dtype.kind not in 'iuf' or not (np.isfinite(y) & (y == np.round(y)) & (abs(y) < 2**31)).all():
+        return 'labels must be whole numbers, one a row'
+    return '' if mask.ndim == 1 and np.isin(mask, (0, 1)).all() else 'class_mask must be true or false for every class'
+
 def read_logits(
     path: str | Path,  # written by `write_logits` or by anyone else
     name: str | None = None,  # of the member; None takes the file's
@@ -86,12 +94,13 @@ def read_logits(
             if missing:
                 raise UserError(
                     f'{path} has no {", ".join(missing)}: a logit file holds logits, labels and class_mask.')
-            a = {k: f[k][()] for k in ('logits', 'labels', 'class_mask')}
+            a = {k: stored(f, k, path)[()] for k in ('logits', 'labels', 'class_mask')}
+            if (fault := _logit_fault(a)): raise UserError(f'{path}: {fault}; write it again.')
             return Logits(
                 name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(),
                 torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool),
                 str(f.attrs.get('data', '')) or None)
-    except OSError as e:
+    except (OSError, TypeError, ValueError) as e:
         raise UserError(
             f'{path} is not an HDF5 file or is damaged ({str(e).splitlines()[0][:80]}): write it again.') from None
 

@@ -199,7 +199,8 @@ def test_other_mistakes_are_refused():
     for n_bins in (0, -1, 1.5, True):
         for f in (calibration_bins, calibration_error, adaptive_calibration_error):
             with pytest.raises(UserError, match='number of bins'): f([.5], [1], n_bins)
-    with pytest.raises(UserError, match='whole numbers'): negative_log_likelihood(torch.zeros(2, 3), torch.tensor([.5, 1]))
+    with pytest.raises(UserError, match='whole numbers'):
+        negative_log_likelihood(torch.zeros(2, 3), torch.tensor([.5, 1]))
     with pytest.raises(UserError, match='norm'): calibration_error([0.5], [1], norm='l2')
     with pytest.raises(UserError, match='softmax'):
         classwise_calibration_error(torch.tensor([[3.0, -1]]), torch.tensor([0]))

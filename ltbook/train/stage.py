@@ -76,7 +76,7 @@ class Stage:
 
     @property
     def n_batches(self) -> int:
-        "Batches of an epoch; a partial last one counts, unless it is a single sample, which BatchNorm can't learn from."
+        "Batches of an epoch; a partial last one counts, unless it is a single sample (BatchNorm needs two)."
         whole, rest = divmod(len(self.sampler), self.batch_size)
         n = whole + (rest > min(whole, 1))
         return n if self.steps is None else min(n, self.steps)

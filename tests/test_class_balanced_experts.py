@@ -167,7 +167,7 @@ def damage(path, **arrays):
         (dict(logits=np.full((30, 3), np.nan)), 'NaN'),
         (dict(logits=np.zeros((30, 4))), 'shape'),
         (dict(logits=np.zeros((29, 3))), '29 rows'),
-        (dict(labels=None), 'has no labels'),
+        (dict(labels=None), 'no labels'),
         (dict(labels=np.full(30, 7)), 'reach'),
         (dict(class_mask=np.zeros(5, bool)), 'no class'),
         (dict(class_mask=np.array([1, 1, 1, 0, 0], bool)), 'shape')])
@@ -275,7 +275,7 @@ def test_two_experts_and_the_generalist(tmp_path):
         (dict(ratios=(4, 2, 500)), 'at most'),
         (dict(learnable=(-1, 6, 1)), 'learnable'),
         (dict(splits=[[0, 1], [2]]), 'exactly once'),
-        (dict(imbalance=120.0), 'hold one out'),
+        (dict(imbalance=120.0), 'one has to be held out'),
         (dict(protocol='X'), 'protocol')])
 def test_mistakes_show_before_training(tmp_path, changes, word):
     with pytest.raises(UserError, match=word):

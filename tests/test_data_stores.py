@@ -1,10 +1,11 @@
 "Stores and named data sets: what goes in comes out, and every way a file can be wrong is told"
-import threading, time
+import hashlib, pickle, shutil, tarfile, threading, time
 from pathlib import Path
 import h5py, numpy as np, pytest, torch
 from PIL import Image
 from ltbook.data.checks import UserError
 from ltbook.data.images import DATASETS, data_root, load_images
+from ltbook.data import stores
 from ltbook.data.stores import ImageSet, import_folder, read_h5, write_h5
 
 def some(n=12, K=3, side=6, channels=3, seed=0):
@@ -72,7 +73,8 @@ FAULTS = {
         lambda f: (f.__delitem__('train/images'), f.create_group('train/images')),
         'no train/images'),
     'float images': (put('train/images', np.zeros((12, 6, 6, 3), np.float32)), 'train/images must be uint8'),
-    'int32 labels': (put('train/labels', np.zeros(12, np.int32)), 'train/labels must be int64'),
+    'fractional labels': (put('train/labels', np.full(12, 1.7)), 'train/labels must be int64'),
+    'labels beyond any class': (put('train/labels', np.full(12, 2**63, np.uint64)), 'beyond any class'),
     'grey without axis': (put('train/images', np.zeros((12, 6, 6), np.uint8)), 'with 4 axes'),
     'channels first': (put('train/images', np.zeros((12, 3, 6, 6), np.uint8)), 'channels'),
     'two channels': (put('train/images', np.zeros((12, 6, 5, 2), np.uint8)), '1 or 3 channels'),
@@ -94,6 +96,25 @@ def test_every_fault_is_a_user_error_that_names_the_file(good, fault):
     with h5py.File(good, 'a') as f: change(f)
     with pytest.raises(UserError) as e: read_h5(good)
     assert 'good.h5' in str(e.value) and message in str(e.value)
+
+@pytest.mark.parametrize('kind', [np.uint8, np.int16, np.int32, np.uint64])
+def test_labels_of_any_whole_number_type(good, kind):
+    with h5py.File(good, 'a') as f: put('train/labels', (np.arange(12) % 3).astype(kind))(f)
+    train = read_h5(good)[0]
+    assert train.labels.dtype == torch.int64 and train.counts.tolist() == [4, 4, 4]
+
+def test_a_file_that_keeps_the_library_busy_or_kills_it(good, monkeypatch):
+    "It is opened by a child first, with a time limit; and by no child where its hashes are known"
+    monkeypatch.setattr(stores, '_TRY', 'import time; time.sleep(60)')
+    monkeypatch.setattr(stores._try_to_open, '__defaults__', (.5,))
+    with pytest.raises(UserError, match='could not be opened within 0.5 seconds'): read_h5(good)
+    monkeypatch.setattr(stores, '_TRY', 'import os; os.abort()')
+    monkeypatch.setattr(stores._try_to_open, '__defaults__', (30.,))
+    with pytest.raises(UserError, match='crash'): read_h5(good)
+    monkeypatch.undo()
+    read_h5(good)
+    monkeypatch.setattr(stores, '_TRY', 'import os; os.abort()')
+    read_h5(good)
 
 def test_test_part_may_lack_a_class(tmp_path):
     assert read_h5(write_h5(tmp_path/'x.h5', some(), some().subset([0, 1])))[1].counts.tolist() == [1, 1, 0]
@@ -139,19 +160,20 @@ def test_folder_with_train_and_test(tmp_path):
     train, test, _ = read_h5(import_folder(tmp_path/'src', 'own', tmp_path))
     assert train.counts.tolist() == [3, 3] and test.counts.tolist() == [2, 2]
     picture(tmp_path/'src'/'test'/'c'/'0.png', 1)
-    with pytest.raises(UserError, match='look at c'): import_folder(tmp_path/'src', 'other', tmp_path)
+    with pytest.raises(UserError, match='classes that .* lacks: c'): import_folder(tmp_path/'src', 'other', tmp_path)
     with pytest.raises(UserError, match='--force'): import_folder(tmp_path/'src', 'own', tmp_path)
 
 def test_folders_that_cannot_serve(tmp_path):
     src = tmp_path/'src'
-    picture(src/'a'/'0.png', 1); picture(src/'b'/'0.png', 1); picture(src/'b'/'1.png', 1)
-    with pytest.raises(UserError, match='needs 2'): import_folder(src, 'own', tmp_path)
-    picture(src/'a'/'1.png', 1)
+    for c in 'ab':
+        for i in range(2): picture(src/c/f'{i}.png', 1)
     with pytest.raises(UserError, match='between 0 and 1'): import_folder(src, 'own', tmp_path, test_fraction=1.)
-    for name in ('digits', 'cifar100', 'a/b', '..', ''):
-        with pytest.raises(UserError, match='cannot name'): import_folder(src, name, tmp_path)
+    for name in ('a/b', '..', '', '.hidden', 'x'*200, 'a\nb'):
+        with pytest.raises(UserError, match='name a data set'): import_folder(src, name, tmp_path)
+    for name in ('digits', 'cifar100'):
+        with pytest.raises(UserError, match='built-in'): import_folder(src, name, tmp_path)
     (src/'c').mkdir()
-    with pytest.raises(UserError, match='holds no pictures'): import_folder(src, 'own', tmp_path)
+    with pytest.raises(UserError, match='no pictures .* in c'): import_folder(src, 'own', tmp_path)
     (src/'c'/'0.png').write_bytes(b'x'); picture(src/'c'/'1.png', 1)
     with pytest.raises(UserError, match='0.png'): import_folder(src, 'own', tmp_path)
     with pytest.raises(UserError, match='not a folder'): import_folder(tmp_path/'no', 'own', tmp_path)
@@ -191,7 +213,7 @@ def test_own_file_moments_are_those_of_its_training_part(tmp_path):
 def test_failed_download_says_where_to_put_the_file(monkeypatch, tmp_path):
     from torchvision import datasets
     def fail(*a, **k): raise RuntimeError('no network here')
-    monkeypatch.setattr(datasets, 'CIFAR100', fail)
+    monkeypatch.setattr(datasets.CIFAR100, '__init__', fail)
     with pytest.raises(UserError) as e: load_images('cifar100', tmp_path/'new')
     assert 'no network here' in str(e.value) and 'cifar100.h5' in str(e.value) and 'LTBOOK_DATA' in str(e.value)
     assert not (tmp_path/'new').exists()      # nothing is left of a folder that was not there
@@ -199,7 +221,7 @@ def test_failed_download_says_where_to_put_the_file(monkeypatch, tmp_path):
 def test_download_is_kept_as_one_file(monkeypatch, tmp_path):
     from torchvision import datasets
     calls = []
-    class Fake:
+    class Fake(datasets.CIFAR10):
         def __init__(self, root, train, download):
             calls.append(train)
             self.data = np.full((20, 32, 32, 3), 7 + train, np.uint8)
@@ -215,6 +237,56 @@ def test_download_is_kept_as_one_file(monkeypatch, tmp_path):
         and 'archive' in b.source
         and b.pad == 4
         and b.flip)
+
+@pytest.fixture
+def official(monkeypatch, tmp_path):
+    "A small archive laid out as the official one of CIFAR-100, whose checksums are taken for the official ones"
+    from torchvision import datasets
+    folder, sums, r = tmp_path/'cifar-100-python', {}, np.random.default_rng(0)
+    folder.mkdir()
+    for name, n in (('train', 200), ('test', 100), ('meta', 0)):
+        x, y = r.integers(0, 256, (n, 3072), dtype=np.uint8), (np.arange(n) % 100).tolist()
+        content = dict(data=x, fine_labels=y, coarse_labels=y, filenames=['']*n)
+        if name == 'meta': content = dict(fine_label_names=[f'name {k}' for k in range(100)], coarse_label_names=[])
+        (folder/name).write_bytes(pickle.dumps(content, protocol=2))
+        sums[name] = hashlib.md5((folder/name).read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR100, 'train_list', [['train', sums['train']]])
+    monkeypatch.setattr(datasets.CIFAR100, 'test_list', [['test', sums['test']]])
+    monkeypatch.setattr(datasets.CIFAR100, 'meta', dict(datasets.CIFAR100.meta, md5=sums['meta']))
+    def fail(*a, **k): raise AssertionError('no network is needed')
+    monkeypatch.setattr(datasets.CIFAR100, '__init__', fail)
+    return folder
+
+@pytest.mark.parametrize('packed', [False, True], ids=['unpacked', 'archive'])
+def test_official_files_are_used_without_a_network(official, monkeypatch, packed):
+    from torchvision import datasets
+    root = official.parent
+    want = pickle.loads((official/'train').read_bytes())['data'].reshape(-1, 3, 32, 32)
+    if packed:
+        with tarfile.open(root/'cifar-100-python.tar.gz', 'w:gz') as tar: tar.add(official, official.name)
+        shutil.rmtree(official)
+        md5 = hashlib.md5((root/'cifar-100-python.tar.gz').read_bytes()).hexdigest()
+        monkeypatch.setattr(datasets.CIFAR100, 'tgz_md5', md5)
+    data = load_images('cifar100', root)
+    assert np.array_equal(data.train.images.numpy().transpose(0, 3, 1, 2), want) and 'official' in data.source
+    assert data.train.counts.tolist() == [2]*100 and data.test.classes[7] == 'name 7'
+    assert (root/'cifar100.h5').exists() and torch.equal(load_images('cifar100', root).train.images, data.train.images)
+
+@pytest.mark.parametrize('name', ['train', 'test', 'meta'])
+def test_changed_official_files_are_refused(official, name):
+    content = bytearray((official/name).read_bytes())
+    content[-30] ^= 1
+    (official/name).write_bytes(content)
+    with pytest.raises(UserError, match=f'{name} has another checksum'): load_images('cifar100', official.parent)
+    (official/name).unlink()
+    with pytest.raises(UserError, match=f'{name} cannot be read'): load_images('cifar100', official.parent)
+    assert not (official.parent/'cifar100.h5').exists()
+
+def test_another_archive_is_refused(official):
+    root = official.parent
+    shutil.rmtree(official)
+    (root/'cifar-100-python.tar.gz').write_bytes(b'another one')
+    with pytest.raises(UserError, match='tar.gz has another checksum'): load_images('cifar100', root)
 
 def test_file_with_the_wrong_number_of_classes(tmp_path):
     write_h5(tmp_path/'cifar100.h5', some(), some())

@@ -28,10 +28,10 @@ def case(seed, n, C, scale):
     return scale * torch.randn(n, C, generator=g, dtype=torch.float64), torch.randint(C, (n,), generator=g)
 
 
-def naive_bins(pairs, n_bins, zero=False):
-    "Samples of each bin, by the definition; exactly 0 belongs to the first if `zero`, else to none."
+def naive_bins(pairs, n_bins):
+    "Samples of each bin, by the definition; exactly 0 belongs to the first."
     return [
-        [(p, c) for p, c in pairs if i / n_bins < p <= (i + 1) / n_bins or (zero and i == p == 0)]
+        [(p, c) for p, c in pairs if i / n_bins < p <= (i + 1) / n_bins or i == p == 0]
         for i in range(n_bins)]
 
 
@@ -106,7 +106,7 @@ def test_classwise_error_against_a_loop(seed, n, C, scale, n_bins):
     logits, labels = case(seed, n, C, scale)
     p = logits.float().softmax(1)  # float32: with scale 300 it underflows to exact zeros
     of_class = (
-        naive_bins([(q, k == y) for q, y in zip(p[:, k].tolist(), labels.tolist())], n_bins, zero=True)
+        naive_bins([(q, k == y) for q, y in zip(p[:, k].tolist(), labels.tolist())], n_bins)
         for k in range(C))
     expected = sum(len(b) * naive_gap(b) for bins in of_class for b in bins) / (n * C)
     assert classwise_calibration_error(p, labels, n_bins) == pytest.approx(expected, abs=1e-12)
@@ -187,7 +187,8 @@ def test_a_hopeless_model_has_an_infinite_likelihood():
 
 @pytest.mark.parametrize(
     'confidence, correct',
-    [([], []), ([0.5], [1, 0]), ([[0.5]], [[1]]), ([-0.1], [1]), ([1.1], [1]), ([math.nan], [1])])
+    [([], []), ([0.5], [1, 0]), ([[0.5]], [[1]]), ([-0.1], [1]), ([1.1], [1]), ([math.nan], [1]),
+     ([.5], [2]), ([.5], [-1]), ([.5], [.5]), ([.5], [math.nan])])
 def test_bad_pairs_are_refused(confidence, correct):
     for f in (calibration_bins, calibration_error, adaptive_calibration_error):
         with pytest.raises(UserError):
@@ -195,6 +196,11 @@ def test_bad_pairs_are_refused(confidence, correct):
 
 
 def test_other_mistakes_are_refused():
+    for n_bins in (0, -1, 1.5, True):
+        for f in (calibration_bins, calibration_error, adaptive_calibration_error):
+            with pytest.raises(UserError, match='number of bins'): f([.5], [1], n_bins)
+    with pytest.raises(UserError, match='whole numbers'):
+        negative_log_likelihood(torch.zeros(2, 3), torch.tensor([.5, 1]))
     with pytest.raises(UserError, match='norm'): calibration_error([0.5], [1], norm='l2')
     with pytest.raises(UserError, match='softmax'):
         classwise_calibration_error(torch.tensor([[3.0, -1]]), torch.tensor([0]))

@@ -46,6 +46,8 @@ def shift_(
     console.print('\n'.join(lines), soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #e7c856e8
+def _say(text: str) -> None: console.print(text, soft_wrap=True)
+
 def _at(root: Path | None) -> str:
     "The option that names a folder of data, where it was given."
     return f' --data-root {shlex.quote(str(root))}' if root else ''
@@ -89,18 +91,37 @@ def doctor_(
 # %% ../../nbs/cli/792_data.ipynb #26a7563d
 @app.command('import')
 def import_(
-    folder: Annotated[Path, typer.Argument(help='A folder of class folders, or one with train/ and test/.')],
+    folder: Annotated[
+        Path, typer.Argument(help='A folder of class folders, or one with train/ and test/ or val/.')],
     name: Annotated[str, typer.Argument(help='Name of the data set.')],
     size: Annotated[int, typer.Option(help='Side of the square images.')] = 32,
     test_fraction: Annotated[float, typer.Option(help='Of every class, where there is no test/ folder.')] = 0.2,
+    fit: Annotated[
+        Optional[str], typer.Option(help='For pictures that are not square: crop, letterbox, squash.')] = None,
+    background: Annotated[
+        str, typer.Option(help='Colour behind transparent pixels and letterboxes.')] = 'white',
+    skip_broken: Annotated[
+        bool, typer.Option('--skip-broken', help='Leave broken pictures out, and list them.')] = False,
     force: Annotated[bool, typer.Option('--force', help='Replace a data set of that name.')] = False,
     data_root: Root = None):
     "Turn a folder of pictures into a data set, once."
     from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
-    file = import_folder(folder, name, find_root(data_root), size, test_fraction, force=force)
+
+    file = import_folder(
+        folder,
+        name,
+        find_root(data_root),
+        size,
+        test_fraction,
+        force=force,
+        fit=fit,
+        background=background,
+        skip_broken=skip_broken,
+        say=_say)
     console.print(f'wrote {file}; use it with: ltbook run mislas {name}{_at(data_root)}', soft_wrap=True)
-    for text in copies_in(load_images(name, data_root)): console.print(text, soft_wrap=True)
+    for text in copies_in(load_images(name, data_root)):
+        console.print(text, soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #13385b9d
 @app.command('bench')

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
-from ..data.checks import UserError
+from ..data.checks import UserError, printable
 from ..train.processes import Terminated, ending_on_term, note_import
 
 # %% ../../nbs/cli/790_words.ipynb #de56e4b2
@@ -38,7 +38,7 @@ class PoliteGroup(TyperGroup):
         except KeyboardInterrupt as e:
             code = 143 if isinstance(e, Terminated) else 130
             text = str(e) or 'Stopped. The same command goes on where it was.'
-        typer.echo(text, err=True)
+        typer.echo('\n'.join(map(printable, text.splitlines())), err=True)
         raise typer.Exit(code)
 
 app = typer.Typer(

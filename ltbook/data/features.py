@@ -21,6 +21,7 @@ from torch import Tensor
 from .checks import UserError, writing
 from .fingerprint import row_hashes
 from .images import ImageData
+from .stores import stored
 
 # %% ../../nbs/data/08_features.ipynb #154664be
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,7 @@ def _label_faults(y: np.ndarray, n_classes: int | None) -> list[str]:
     if not np.issubdtype(y.dtype, np.number) or y.ndim != 1:
         return [f'labels must be one number a row, not {y.dtype} with shape {y.shape}']
     if not np.isfinite(y).all() or (y != np.round(y)).any(): return ['labels must be whole numbers']
+    if len(y) and not n_classes and y.max() >= 2**31: return [f'labels reach {y.max():g}, beyond any number of classes']
     if len(y) and (y.min() < 0 or (n_classes and y.max() >= n_classes)):
         return [
             f'labels go from {y.min():g} to {y.max():g}'
@@ -141,7 +143,8 @@ def check_features(
         label = 'labels' if 'labels' in f else 'label'
         missing = [k for k in ('features', label) if not isinstance(f.get(k), h5py.Dataset)]
         if missing: return [f'{" and ".join(missing)} missing: the file must hold features (N, D) and labels (N,)']
-        x, y = f['features'], f[label]
+        try: x, y = (stored(f, k, path) for k in ('features', label))
+        except UserError as e: return [str(e).rstrip('.')]
         if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
             return [f'features must be floats with 2 axes (N, D), not {x.dtype} with shape {x.shape}']
         faults = [] if len(x) else ['the file has no rows']

@@ -26,10 +26,9 @@ def held_out_counts(
     counts = np.asarray(counts, dtype=np.int64)
     held = np.clip(np.rint(fraction*counts), 1, most).astype(np.int64)
     if (held >= counts).any():
-        raise UserError(f'Class {np.argmax(held >= counts)} has '
-                        f'{counts[np.argmax(held >= counts)]} images, too few to hold one out: '
-                        'lower the '
-                        f'imbalance or use protocol V.')
+        k = np.argmax(held >= counts)
+        raise UserError(f'Class {k} has {counts[k]} image to train on, and one has to be held out: '
+                        'every class needs 2, so add one, leave the class out, or lower the imbalance.')
     return held
 
 # %% ../../nbs/data/07_parts.ipynb #ccd71a5c
@@ -56,8 +55,8 @@ def reserve(
     labels = np.asarray(labels)
     have = np.bincount(labels)
     if have.min() <= n_reserved:
-        raise UserError(f'Class {have.argmin()} has {have.min()} images, not more than the {n_reserved} to reserve of '
-                        f'each: use protocol H.')
+        raise UserError(f'Class {have.argmin()} has {have.min()} images, of which {n_reserved} should be reserved: '
+                        'add images, or leave the class out' + (', or use protocol H.' if have.min() > 1 else '.'))
     counts = have if imbalance is None else long_tail_counts(float(have.min()), len(have), imbalance, kind)
     counts = np.minimum(counts, have - n_reserved)
     rng, keep, aside = np.random.RandomState(data_seed), [], []
@@ -92,6 +91,8 @@ def class_splits(
             raise UserError(f'{len(counts)} classes can be cut into 2..{len(counts)} parts, not into {n_experts}.')
         names = NAMES.get(n_experts, tuple(f'part {i + 1}' for i in range(n_experts)))
         splits = dict(zip(names, np.array_split(np.argsort(-counts, kind='stable'), n_experts)))
+    elif len(counts) > 1 and counts.min() == counts.max():      # no class is larger than another
+        return class_splits(counts, 'quantile', n_experts=min(3, len(counts)))
     else:
         many, few = counts >= high if many_inclusive else counts > high, counts < low
         splits = dict(many=np.flatnonzero(many), medium=np.flatnonzero(~many & ~few), few=np.flatnonzero(few))

@@ -16,8 +16,7 @@ SHAPES = {
     'concave': lambda t, p: np.sin(np.pi*t/2),
     'linear': lambda t, p: t,
     'convex': lambda t, p: 1 + np.sin(1.5*np.pi + np.pi*t/2),
-    'power': lambda t, p: t**p,
-}
+    'power': lambda t, p: t**p}
 
 # %% ../../nbs/losses/22_smoothing.ipynb #9cd2c29d
 def smoothing_strength(
@@ -27,15 +26,12 @@ def smoothing_strength(
     shape: str = 'concave',  # concave | linear | convex | power
     power: float = 1.0,  # exponent of the shape `power`
 ) -> Tensor:  # (C,) float64
-    "Smoothing strength of every class. Raises `UserError` for equal counts, an unknown shape or a bad strength."
+    "Smoothing strength of every class; `head` where all counts are equal. `UserError` for a bad shape or strength."
     n = np.asarray(counts, dtype=np.float64)
     curve = SHAPES[one_of(shape, SHAPES, 'smoothing shape')]
     if not (0 <= tail < 1 and 0 <= head < 1):
         raise UserError(f'Smoothing strengths lie in [0, 1): got head {head} and tail {tail}.')
-    if n.max() == n.min():
-        raise UserError('Label-aware smoothing needs classes of different sizes: all counts are equal. '
-                        'Use an imbalance above 1, or plain label smoothing.')
-    t = (n - n.min()) / (n.max() - n.min())
+    t = (n - n.min()) / (n.max() - n.min()) if n.max() > n.min() else np.ones_like(n)
     return torch.from_numpy(tail + (head - tail)*curve(t, power))
 
 # %% ../../nbs/losses/22_smoothing.ipynb #ab9e4cf6

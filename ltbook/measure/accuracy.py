@@ -22,6 +22,8 @@ def as_predictions(
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.numel():
         raise UserError('Give logits of shape (n, C) with n labels, n > 0; '
                         f'these are {tuple(logits.shape)} with labels {tuple(labels.shape)}.')
+    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
+        raise UserError('Labels must be whole numbers, the positions of the true classes.')
     labels = labels.to(logits.device, torch.int64)
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= logits.shape[1]:

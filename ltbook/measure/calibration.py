@@ -55,7 +55,13 @@ def _pair(
                         f'these have the shapes {confidence.shape} and {correct.shape}.')
     if not (confidence.min() >= 0 and confidence.max() <= 1 + 1e-6):
         raise UserError('Every confidence must lie between 0 and 1; take the softmax of the logits first.')
+    if not np.isin(correct, (0, 1)).all():
+        raise UserError('Every mark must be 1 (right) or 0 (wrong); compare predictions with labels first.')
     return confidence.clip(0, 1), correct
+
+def _some_bins(n_bins: int) -> None:
+    if isinstance(n_bins, bool) or n_bins != int(n_bins) or n_bins < 1:
+        raise UserError(f'The number of bins must be a whole number from 1 on, got {n_bins}.')
 
 def calibration_bins(
     confidence: Tensor | np.ndarray,  # (n,) confidences 0..1
@@ -64,8 +70,10 @@ def calibration_bins(
 ) -> pd.DataFrame:  # M rows: lower, upper, count, accuracy, confidence, gap
     "Count, accuracy, mean confidence and their gap in each right-closed bin of equal width."
     confidence, correct = _pair(confidence, correct)
+    _some_bins(n_bins)
     edges = np.arange(n_bins + 1) / n_bins
-    where = np.searchsorted(edges, confidence, side='left')  # edge[i-1] < p <= edge[i] gives i; exactly 0 gives 0
+    # edge[i-1] < p <= edge[i] gives i; exactly 0 belongs to the first
+    where = np.searchsorted(edges, confidence, side='left').clip(1)
     count, right, total = (np.bincount(where, w, n_bins + 1)[1:] for w in (None, correct, confidence))
     with np.errstate(invalid='ignore'): accuracy, mean = right / count, total / count
     return pd.DataFrame(dict(lower=edges[:-1], upper=edges[1:], count=count,
@@ -91,6 +99,7 @@ def adaptive_calibration_error(
 ) -> float:  # the error 0..1
     "Mean gap between accuracy and confidence over bins that hold equally many samples."
     confidence, correct = _pair(confidence, correct)
+    _some_bins(n_bins)
     value, tie, size = np.unique(confidence, return_inverse=True, return_counts=True)
     gap = np.repeat(np.bincount(tie, correct) / size - value, size)  # (n,) sorted by confidence
     share, rest = divmod(len(gap), m := min(n_bins, len(gap)))
@@ -106,6 +115,7 @@ def classwise_calibration_error(
 ) -> float:  # the error 0..1
     "Class mean of the calibration error of each class's own probability. Raises `UserError` for values outside 0..1."
     probabilities, labels = as_predictions(probabilities, labels)
+    _some_bins(n_bins)
     n, C = probabilities.shape
     inner = torch.arange(1, n_bins, dtype=torch.float64, device=labels.device) / n_bins
     first = torch.arange(C, device=labels.device) * n_bins  # the first cell of each class

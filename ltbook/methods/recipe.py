@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
-from pydantic import (
-    BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
+from pydantic import (BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
-from ..data.checks import UserError
+from ..data.checks import UserError, check_name
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
 from .fast import FAST
+from .spelling import spelt
 from .registry import get_method, methods
 from ..models.backbones import BACKBONES, DECLARED
 from ..train.schedule import SCHEDULES
@@ -29,7 +29,7 @@ from ..train.schedule import SCHEDULES
 class Settings(BaseModel):
     "Base of the settings of one method. Fields are typed and have defaults; unknown names are refused."
     # so that defaults and values read back are the same
-    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True, allow_inf_nan=False)
 
 # %% ../../nbs/methods/501_recipe.ipynb #6b06cc7f
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -66,7 +66,7 @@ _MIXUP = ('mislas', 'cross_entropy', 'mixup', 'crt', 'lws', 'tau_norm', 'dlsa')
 # %% ../../nbs/methods/501_recipe.ipynb #f5b66704
 class Recipe(BaseModel):
     "All settings of one run. Frozen; unknown or mistyped fields are errors."
-    model_config = ConfigDict(frozen=True, extra='forbid', strict=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
     # what is learned from what
     method: str = _fact()  # name in the registry
     dataset: str = _fact()  # name for `load_images`
@@ -117,8 +117,7 @@ class Recipe(BaseModel):
         'constant', stage1=True, since='0.3', was=_META)
     flip: bool | None = _fact(None, stage1=True, since='0.3')  # mirror half of them; None: the data set's
     # largest angle to either side, degrees
-    rotation: Annotated[float, Field(ge=0, le=180)] = _fact(
-        0., stage1=True, since='0.3', was=_EXPERTS)
+    rotation: Annotated[float, Field(ge=0, le=180)] = _fact(0., stage1=True, since='0.3', was=_EXPERTS)
     # largest change of brightness, contrast and saturation
     jitter: Share = _fact(0., stage1=True, since='0.3')
     auto_augment: bool = _fact(False, stage1=True, since='0.3', was=_META)  # the policy found for CIFAR-10
@@ -174,8 +173,7 @@ class Recipe(BaseModel):
 FACTS = {k: f.json_schema_extra for k, f in Recipe.model_fields.items()}  # name -> stage1, hashed, since, was
 STAGE1_FIELDS = tuple(k for k, f in FACTS.items() if f['stage1'])
 UNHASHED = tuple(k for k, f in FACTS.items() if not f['hashed'])
-LOSS_FIELDS = (
-    'loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
+LOSS_FIELDS = ('loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
 
 # %% ../../nbs/methods/501_recipe.ipynb #dfcfface
 def flat(
@@ -243,10 +241,13 @@ def recipe(
     ("The published recipe nearest to the words, with changes. "
      "Raises `UserError` that names the right fields or types.")
     m = get_method(method)
+    check_name(dataset, 'data set')
+    changes = {k: spelt(v, _annotation(m, k)) for k, v in changes.items()}
+    imbalance = spelt(imbalance, Recipe.model_fields['imbalance'].annotation)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
-    elif not 1 <= imbalance < math.inf:
+    elif isinstance(imbalance, (str, bool)) or not 1 <= imbalance < math.inf:
         raise UserError('The imbalance is the largest over the smallest class, a number from 1 on; '
-                        f'got {imbalance}.')
+                        f'got {imbalance!r}.')
     # a second stage may follow a fast first one
     if profile == 'fast' and m.fast is None and not changes.get('start'):
         have = ', '.join(k for k, v in methods().items() if v.fast is not None)
@@ -289,3 +290,8 @@ def _wrong_values(error: ValidationError) -> str:
     return '; '.join(
         f'{".".join(map(str, e["loc"][:1]))} = {e["input"]!r}: {e["msg"][0].lower()}{e["msg"][1:]}'
         for e in error.errors()) + '.'
+
+def _annotation(method, name: str) -> Any:
+    "The type of a field of the recipe or a setting of the method; Any for unknown names."
+    field = Recipe.model_fields.get(name) or method.settings.model_fields.get(name)
+    return field.annotation if field else Any

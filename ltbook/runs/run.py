@@ -91,6 +91,10 @@ def run_stage(
         if 'logits' not in arrays: return {}
         m = stage_measures(context, arrays['logits'])
         return dict(test_top1=m['top1'], test_ece15=m['ece15'])
+    if stage.asked:
+        context.notes[f'{stage.name}_batch_size'] = text = (
+            f'{stage.batch_size} instead of {stage.asked}, as an epoch has {len(stage.sampler)} samples')
+        say(f'{stage.name}: batch_size {text}.')
     fit(stage, context.compute, folder, look, context.recipe.test_every, report, on_step, say)
 
 # %% ../../nbs/runs/63_run.ipynb #462df727

@@ -16,7 +16,7 @@ import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.parts import class_splits
-from ..data.stores import ImageSet
+from ..data.stores import ImageSet, stored
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
@@ -46,8 +46,7 @@ class Logits:
             raise UserError(f'{self.name} knows no class: its class_mask is false everywhere.')
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.n_classes:
             raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to '
-                            f'{int(self.labels.max())}, but its class_mask is '
-                            f'about {self.n_classes} classes.')
+                            f'{int(self.labels.max())}, but its class_mask is about {self.n_classes} classes.')
         check_logits(self.logits, self.classes, self.n_classes, self.name, rejects=False)
 
     @property
@@ -73,6 +72,14 @@ def write_logits(
         p.write_bytes(content.getbuffer())
     return write_atomic(Path(path), write)
 
+def _logit_fault(a: dict[str, np.ndarray]) -> str:
+    "What is wrong with the arrays of a logit file; empty where nothing is."
+    z, y, mask = a.values()
+    if z.ndim != 2 or z.dtype.kind != 'f': return 'logits must be floats with 2 axes'
+    if y.ndim != 1 or y.dtype.kind not in 'iuf' or not (np.isfinite(y) & (y == np.round(y)) & (abs(y) < 2**31)).all():
+        return 'labels must be whole numbers, one a row'
+    return '' if mask.ndim == 1 and np.isin(mask, (0, 1)).all() else 'class_mask must be true or false for every class'
+
 def read_logits(
     path: str | Path,  # written by `write_logits` or by anyone else
     name: str | None = None,  # of the member; None takes the file's
@@ -82,18 +89,15 @@ def read_logits(
     if not path.exists(): raise UserError(f'There is no logit file {path}.')
     try:
         with h5py.File(path) as f:
-            missing = [k for k in ('logits', 'labels', 'class_mask') if k not in f]
-            if missing:
-                raise UserError(
-                    f'{path} has no {", ".join(missing)}: a logit file holds logits, labels and class_mask.')
-            a = {k: f[k][()] for k in ('logits', 'labels', 'class_mask')}
-            return Logits(
-                name or str(f.attrs.get('name', path.stem)), torch.from_numpy(a['logits']).float(),
-                torch.from_numpy(a['labels']).long(), a['class_mask'].astype(bool),
-                str(f.attrs.get('data', '')) or None)
-    except OSError as e:
-        raise UserError(
-            f'{path} is not an HDF5 file or is damaged ({str(e).splitlines()[0][:80]}): write it again.') from None
+            hint = 'a logit file holds logits, labels and class_mask'
+            a = {k: stored(f, k, path, hint)[()] for k in ('logits', 'labels', 'class_mask')}
+            if (fault := _logit_fault(a)): raise UserError(f'{path}: {fault}; write it again.')
+            z, y = torch.from_numpy(a['logits']).float(), torch.from_numpy(a['labels']).long()
+            name, data = name or str(f.attrs.get('name', path.stem)), str(f.attrs.get('data', '')) or None
+            return Logits(name, z, y, a['class_mask'].astype(bool), data)
+    except (OSError, TypeError, ValueError) as e:
+        why = str(e).splitlines()[0][:80]
+        raise UserError(f'{path} is not an HDF5 file or is damaged ({why}): write it again.') from None
 
 # %% ../../nbs/studies/68_fusion.ipynb #6395f75a
 def run_members(
@@ -194,8 +198,8 @@ def unused_images(
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)
     missing = data.train.n_classes - len(set(data.train.labels[free].tolist()))
     if missing > data.train.n_classes // 2:
-        raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: fuse '
-                        f'without validation logits.')
+        raise UserError(f'The run {run.id} leaves no images of {missing} classes to calibrate on: '
+                        'fuse without validation logits.')
     return data.train.subset(free)
 
 def logits_on(

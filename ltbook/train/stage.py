@@ -36,7 +36,8 @@ class Stage:
     loss: Callable[[object, dict], Tensor]  # (what `forward` returned, in fp32; batch) -> scalar
     lr: Callable[[int], float]  # epoch from 0 -> learning rate
     epochs: int  # 0 for a stage that only rearranges (tau-normalisation)
-    batch_size: int = 128
+    batch_size: int = 128  # at most an epoch; a larger one becomes a quarter of it
+    asked: int | None = None  # the batch size that was asked for, where it was larger than an epoch
     forward: Callable[[nn.Module, dict], object] = plain_forward  # under autocast
     groups: list[dict] | None = None  # [{'params': [...], 'lr_factor': 1.0}, ...]; None trains everything at factor 1
     rule: str = 'sgd'  # of the optimizer: sgd, or adamw, whose first beta is the momentum
@@ -70,15 +71,14 @@ class Stage:
 
     def __post_init__(self):
         if self.batch_size < 1: raise UserError(f'batch_size must be at least 1, got {self.batch_size}.')
-        if self.epochs and self.batch_size > len(self.sampler):
-            raise UserError(
-                f'batch_size {self.batch_size} is larger than one epoch of {len(self.sampler)} samples in {self.name}: '
-                f'use --set batch_size={max(1, len(self.sampler) // 4)}, or anything up to {len(self.sampler)}.')
+        n = len(self.sampler)
+        if self.epochs and self.batch_size > n: self.asked, self.batch_size = self.batch_size, max(min(n, 2), n//4)
 
     @property
     def n_batches(self) -> int:
-        "Batches of an epoch; a partial last one counts."
-        n = math.ceil(len(self.sampler)/self.batch_size)
+        "Batches of an epoch; a partial last one counts, unless it is a single sample (BatchNorm needs two)."
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        n = whole + (rest > min(whole, 1))
         return n if self.steps is None else min(n, self.steps)
 
     def optimizer(self) -> torch.optim.Optimizer:

@@ -305,3 +305,10 @@ def test_cifar_whole_and_fast(name, K):
         and d.std == (0.2023, 0.1994, 0.2010)
         and d.imbalance == 100
         and d.train.shape == (32, 32, 3))
+
+
+def test_channels_first_is_named_and_its_advice_works():
+    x, y = torch.zeros(4, 3, 8, 9, dtype=torch.uint8), torch.arange(4)
+    with pytest.raises(UserError, match=r'movedim\(1, 3\)'): ImageSet(x, y, tuple('abcd'))
+    assert ImageSet(x.movedim(1, 3), y, tuple('abcd')).shape == (8, 9, 3)
+    with pytest.raises(UserError, match=r'\(4, 8, 9, 8\)\.$'): ImageSet(torch.zeros(4, 8, 9, 8).byte(), y, tuple('abcd'))

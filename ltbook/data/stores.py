@@ -37,8 +37,9 @@ class ImageSet:
         if x.dtype != torch.uint8 or x.ndim != 4:
             raise UserError(f'images must be uint8 with 4 axes, not {x.dtype} with shape {tuple(x.shape)}.')
         if x.shape[3] not in (1, 3):
-            raise UserError(
-                f'images must have 1 or 3 channels, stored last, not {x.shape[3]}; their shape is {tuple(x.shape)}.')
+            first = '' if x.shape[1] not in (1, 3) else ' They seem to be (N, C, H, W): store images.movedim(1, 3).'
+            raise UserError('images must be stored as (N, H, W, C) with 1 or 3 channels; '
+                            f'their shape is {tuple(x.shape)}.{first}')
         for k, usual in (('mean', 0.), ('std', 1.)):
             if getattr(self, k) is None: object.__setattr__(self, k, (usual,)*x.shape[3])
             if len(getattr(self, k)) != x.shape[3]:

@@ -76,7 +76,6 @@ FAULTS = {
     'fractional labels': (put('train/labels', np.full(12, 1.7)), 'train/labels must be int64'),
     'labels beyond any class': (put('train/labels', np.full(12, 2**63, np.uint64)), 'beyond any class'),
     'grey without axis': (put('train/images', np.zeros((12, 6, 6), np.uint8)), 'with 4 axes'),
-    'channels first': (put('train/images', np.zeros((12, 3, 6, 6), np.uint8)), 'channels'),
     'two channels': (put('train/images', np.zeros((12, 6, 5, 2), np.uint8)), '1 or 3 channels'),
     'two-dimensional labels': (put('train/labels', np.zeros((12, 1), np.int64)), 'with 1 axes'),
     'fewer labels': (put('train/labels', np.arange(11) % 3), '12 images but 11 labels'),
@@ -307,8 +306,22 @@ def test_cifar_whole_and_fast(name, K):
         and d.train.shape == (32, 32, 3))
 
 
-def test_channels_first_is_named_and_its_advice_works():
-    x, y = torch.zeros(4, 3, 8, 9, dtype=torch.uint8), torch.arange(4)
-    with pytest.raises(UserError, match=r'movedim\(1, 3\)'): ImageSet(x, y, tuple('abcd'))
-    assert ImageSet(x.movedim(1, 3), y, tuple('abcd')).shape == (8, 9, 3)
-    with pytest.raises(UserError, match=r'\(4, 8, 9, 8\)\.$'): ImageSet(torch.zeros(4, 8, 9, 8).byte(), y, tuple('abcd'))
+@pytest.mark.parametrize('shape', [(4, 3, 8, 9), (4, 1, 8, 8), (5, 3, 2, 2), (4, 1, 5, 4), (6, 3, 32, 32)])
+def test_channels_first_is_turned_where_nothing_else_can_be_meant(shape, tmp_path):
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    y, names = torch.arange(len(x)), tuple('abcdef')[:len(x)]
+    first, last = ImageSet(x, y, names), ImageSet(x.movedim(1, 3).contiguous(), y, names)
+    assert first.shape == last.shape == (*shape[2:], shape[1]) and first.sha256() == last.sha256()
+    assert torch.equal(first.gather(torch.tensor([2, 0])), last.gather(torch.tensor([2, 0])))
+    back = read_h5(write_h5(tmp_path/'a.h5', first, first))[0]
+    assert torch.equal(back.images, last.images) and back.sha256() == last.sha256()
+    with h5py.File(tmp_path/'b.h5', 'w') as f:
+        f.attrs['classes'] = list(names)
+        for part in ('train', 'test'): f[f'{part}/images'], f[f'{part}/labels'] = x.numpy(), y.numpy()
+    assert torch.equal(read_h5(tmp_path/'b.h5')[0].images, last.images)
+
+
+@pytest.mark.parametrize('shape', [(4, 8, 9, 8), (4, 2, 8, 4), (4, 4, 8, 8)])
+def test_other_channels_are_refused(shape):
+    with pytest.raises(UserError, match='1 or 3 channels'):
+        ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(4), tuple('abcd'))

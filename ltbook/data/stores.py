@@ -26,7 +26,7 @@ from .pictures import Reading, Seen, class_table, find_parts, read_part, scale_o
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images, labels, class names and the constants of the channels; `UserError` if they do not fit together."
-    store: Tensor  # uint8 (M, H, W, C), in memory or mapped from a file
+    store: Tensor  # uint8 (M, H, W, C), in memory or mapped from a file; (M, C, H, W) becomes it, without a copy
     labels: Tensor  # int64 (N,), 0..K-1
     classes: tuple[str, ...]  # K names in label order
     at: Tensor | None = None  # int64 (N,), rows of the store that are the images of this set; None: all, in order
@@ -36,10 +36,11 @@ class ImageSet:
         x, y = self.store, self.labels
         if x.dtype != torch.uint8 or x.ndim != 4:
             raise UserError(f'images must be uint8 with 4 axes, not {x.dtype} with shape {tuple(x.shape)}.')
+        if x.shape[3] not in (1, 3) and x.shape[1] in (1, 3):     # channels first: nothing else can be meant
+            object.__setattr__(self, 'store', x := x.movedim(1, 3))
         if x.shape[3] not in (1, 3):
-            first = '' if x.shape[1] not in (1, 3) else ' They seem to be (N, C, H, W): store images.movedim(1, 3).'
-            raise UserError('images must be stored as (N, H, W, C) with 1 or 3 channels; '
-                            f'their shape is {tuple(x.shape)}.{first}')
+            raise UserError(
+                f'images must have 1 or 3 channels, stored last, not {x.shape[3]}; their shape is {tuple(x.shape)}.')
         for k, usual in (('mean', 0.), ('std', 1.)):
             if getattr(self, k) is None: object.__setattr__(self, k, (usual,)*x.shape[3])
             if len(getattr(self, k)) != x.shape[3]:

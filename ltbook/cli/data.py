@@ -69,7 +69,7 @@ def features_(
     train, test = export_features(resolve_run(run, out), folder, stage, data_root, device)
     home = train.parent.parent if folder else data_root
     console.print(
-        f'wrote {train}\nwrote {test}\nuse them with: ltbook run dlsa {train.parent.name}{_at(home)}',
+        f'wrote {train}\nwrote {test}\nuse them with: ltbook run dlsa {shlex.quote(train.parent.name)}{_at(home)}',
         soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #09b17ac8
@@ -119,7 +119,7 @@ def import_(
         background=background,
         skip_broken=skip_broken,
         say=_say)
-    console.print(f'wrote {file}; use it with: ltbook run mislas {name}{_at(data_root)}', soft_wrap=True)
+    console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
     for text in copies_in(load_images(name, data_root)):
         console.print(text, soft_wrap=True)
 

@@ -7,7 +7,7 @@ __all__ = ['FeatureSet', 'write_features', 'check_features', 'describe_features'
            'load_feature_data']
 
 # %% ../../nbs/data/08_features.ipynb #4714ee98
-import hashlib
+import hashlib, shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from torch import Tensor
 from .checks import UserError, writing
 from .fingerprint import row_hashes
 from .images import ImageData
-from .stores import stored
+from .stores import stored, try_to_open
 
 # %% ../../nbs/data/08_features.ipynb #154664be
 @dataclass(frozen=True, eq=False)
@@ -100,9 +100,10 @@ def _open(path: str | Path) -> h5py.File:
     path = Path(path)
     if not path.is_file():
         raise UserError(f'{path} does not exist; write it with `ltbook features RUN`, or give another file.')
+    try_to_open(path)
     try:
         return h5py.File(path, 'r')
-    except OSError as e:
+    except (OSError, RuntimeError) as e:
         raise UserError(
             f'{path} cannot be read ({str(e).splitlines()[0]}); it is damaged or cut short, so write it again.'
         ) from e
@@ -189,7 +190,7 @@ def _load(
     "Arrays of one checked file."
     faults = check_features(path, n_classes, n_features)
     if faults:
-        raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: ltbook doctor features {path}')
+        raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: ltbook doctor features {shlex.quote(str(path))}')
     with h5py.File(path, 'r') as f:
         head = (
             tuple(torch.from_numpy(f[k][()].astype('f4')) for k in ('head_weight', 'head_bias'))

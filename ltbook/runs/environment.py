@@ -43,16 +43,16 @@ def command(
         'ltbook',
         'run',
         recipe.method,
-        recipe.dataset,
+        shlex.quote(recipe.dataset),
         *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []),
         f'--profile {recipe.profile}',
         f'--seed {recipe.seed}']
     taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} - {'loss'} if recipe.start else {'seed'}
     words += [
-        f'--set {k}={json.dumps(v) if not isinstance(v, str) else v}'
+        f'--set {shlex.quote(k + "=" + (v if isinstance(v, str) else json.dumps(v)))}'
         for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
     own = [f'--import {shlex.quote(m)}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
-    return ' '.join(words + ([f'--from outputs/{recipe.start}'] if recipe.start else []) + own)
+    return ' '.join(words + ([f'--from {shlex.quote("outputs/" + recipe.start)}'] if recipe.start else []) + own)
 
 def _plain(r: Recipe) -> Recipe:
     "The recipe of the same words without changes."

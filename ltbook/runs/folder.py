@@ -6,7 +6,7 @@
 __all__ = ['run_id', 'Run', 'load_run', 'scan_runs', 'in_its_place', 'find_runs', 'verify_run', 'resolve_run', 'find_outputs']
 
 # %% ../../nbs/runs/62_folder.ipynb #b7214ade
-import warnings
+import shlex, warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -81,7 +81,7 @@ class Run:
         except (OSError, RuntimeError, Damaged):
             raise UserError(f'The logits of {self.id} are damaged or were changed. Remove '
                             f'{file.name} and measure from the weights: '
-                            f'ltbook eval {self.id}') from None
+                            f'ltbook eval {shlex.quote(self.id)}') from None
 
 # %% ../../nbs/runs/62_folder.ipynb #c7153c36
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -16,7 +16,7 @@ import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.parts import class_splits
-from ..data.stores import ImageSet, stored
+from ..data.stores import ImageSet, stored, try_to_open
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
@@ -86,7 +86,8 @@ def read_logits(
 ) -> Logits:  # validated
     "Read one member's logits. Raises `UserError` that names the file and what is wrong with it."
     path = Path(path)
-    if not path.exists(): raise UserError(f'There is no logit file {path}.')
+    if not path.is_file(): raise UserError(f'There is no logit file {path}.')
+    try_to_open(path)
     try:
         with h5py.File(path) as f:
             hint = 'a logit file holds logits, labels and class_mask'
@@ -95,7 +96,8 @@ def read_logits(
             z, y = torch.from_numpy(a['logits']).float(), torch.from_numpy(a['labels']).long()
             name, data = name or str(f.attrs.get('name', path.stem)), str(f.attrs.get('data', '')) or None
             return Logits(name, z, y, a['class_mask'].astype(bool), data)
-    except (OSError, TypeError, ValueError) as e:
+    except UserError: raise
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError) as e:
         why = str(e).splitlines()[0][:80]
         raise UserError(f'{path} is not an HDF5 file or is damaged ({why}): write it again.') from None
 

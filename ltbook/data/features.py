@@ -190,7 +190,8 @@ def _load(
     "Arrays of one checked file."
     faults = check_features(path, n_classes, n_features)
     if faults:
-        raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: ltbook doctor features {shlex.quote(str(path))}')
+        raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: '
+                        f'ltbook doctor features {shlex.quote(str(path))}')
     with h5py.File(path, 'r') as f:
         head = (
             tuple(torch.from_numpy(f[k][()].astype('f4')) for k in ('head_weight', 'head_bias'))

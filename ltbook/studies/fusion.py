@@ -93,13 +93,12 @@ def read_logits(
             hint = 'a logit file holds logits, labels and class_mask'
             a = {k: stored(f, k, path, hint)[()] for k in ('logits', 'labels', 'class_mask')}
             if (fault := _logit_fault(a)): raise UserError(f'{path}: {fault}; write it again.')
-            z, y = torch.from_numpy(a['logits']).float(), torch.from_numpy(a['labels']).long()
+            z, y, mask = (torch.from_numpy(v) for v in a.values())
             name, data = name or str(f.attrs.get('name', path.stem)), str(f.attrs.get('data', '')) or None
-            return Logits(name, z, y, a['class_mask'].astype(bool), data)
+            return Logits(name, z.float(), y.long(), mask.numpy().astype(bool), data)
     except UserError: raise
     except (OSError, TypeError, ValueError, RuntimeError, KeyError) as e:
-        why = str(e).splitlines()[0][:80]
-        raise UserError(f'{path} is not an HDF5 file or is damaged ({why}): write it again.') from None
+        raise UserError(f'{path} is not an HDF5 file or is damaged ({str(e)[:80]!r}): write it again.') from None
 
 # %% ../../nbs/studies/68_fusion.ipynb #6395f75a
 def run_members(
@@ -139,8 +138,7 @@ def export_logits(
 def check_alike(
     members: Sequence[Logits],  # on one part
 ) -> None:
-    ("Raise `UserError` unless all members speak of the same images in the "
-     "same order, and none of them rejects everything.")
+    "Raise `UserError` unless all speak of the same images in the same order, and none rejects everything."
     first = members[0]
     for m in members: check_logits(m.logits, m.classes, m.n_classes, m.name)
     known = {m.data for m in members if m.data}
@@ -171,8 +169,7 @@ def fuse_logits(
     seed: int = 0,  # of the order of the validation images
     **training,  # epochs, lr, batch_size of `calibration_stage`
 ) -> Fused:  # log posterior of the test part
-    ("Fuse members, after a calibration on validation logits where there are "
-     "any. Raises `UserError` for members that don't fit.")
+    "Fuse members, calibrated on validation logits where there are any. Raises `UserError` for what doesn't fit."
     if not test: raise UserError('There is nothing to fuse: give at least one member.')
     check_alike(test)
     net = JointCalibration([m.classes for m in test], test[0].n_classes, ratios, tied)

@@ -8,8 +8,8 @@ __all__ = ['FeatureSet', 'write_features', 'check_features', 'describe_features'
 
 # %% ../../nbs/data/08_features.ipynb #4714ee98
 import hashlib, shlex
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import UserError, writing
+from .checks import UserError, printable, writing
 from .fingerprint import row_hashes
 from .images import ImageData
 from .stores import stored, try_to_open
@@ -95,18 +95,19 @@ def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
     return n
 
 # %% ../../nbs/data/08_features.ipynb #dc91775b
-def _open(path: str | Path) -> h5py.File:
-    "The file, or a `UserError`."
+@contextmanager
+def _open(path: str | Path) -> Iterator[h5py.File]:
+    "The file; whatever the library says about what is in it is a `UserError`."
     path = Path(path)
     if not path.is_file():
         raise UserError(f'{path} does not exist; write it with `ltbook features RUN`, or give another file.')
     try_to_open(path)
     try:
-        return h5py.File(path, 'r')
-    except (OSError, RuntimeError) as e:
-        raise UserError(
-            f'{path} cannot be read ({str(e).splitlines()[0]}); it is damaged or cut short, so write it again.'
-        ) from e
+        with h5py.File(path, 'r') as f: yield f
+    except UserError: raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as e:
+        why = printable((str(e).splitlines() or [type(e).__name__])[0])
+        raise UserError(f'{path} cannot be read ({why}); it is damaged or cut short, so write it again.') from e
 
 def _label_faults(y: np.ndarray, n_classes: int | None) -> list[str]:
     "What is wrong with labels."
@@ -192,7 +193,7 @@ def _load(
     if faults:
         raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: '
                         f'ltbook doctor features {shlex.quote(str(path))}')
-    with h5py.File(path, 'r') as f:
+    with _open(path) as f:
         head = (
             tuple(torch.from_numpy(f[k][()].astype('f4')) for k in ('head_weight', 'head_bias'))
             if 'head_weight' in f

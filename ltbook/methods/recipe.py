@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 from pydantic import (BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
-from ..data.checks import UserError, check_name
+from ..data.checks import UserError, check_name, one_of
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
@@ -242,10 +242,11 @@ def recipe(
      "Raises `UserError` that names the right fields or types.")
     m = get_method(method)
     check_name(dataset, 'data set')
+    one_of(profile if isinstance(profile, str) else repr(profile), PROFILES, 'profile')
     changes = {k: spelt(v, _annotation(m, k)) for k, v in changes.items()}
     imbalance = spelt(imbalance, Recipe.model_fields['imbalance'].annotation)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
-    elif isinstance(imbalance, (str, bool)) or not 1 <= imbalance < math.inf:
+    elif not isinstance(imbalance, (int, float)) or imbalance is True or not 1 <= imbalance < math.inf:
         raise UserError('The imbalance is the largest over the smallest class, a number from 1 on; '
                         f'got {imbalance!r}.')
     # a second stage may follow a fast first one

@@ -145,8 +145,9 @@ def main(finished, half, seed=0):
                 except Exception as e: about, wrong = what, [repr(e)]
                 if wrong: print(f'{about}: {"; ".join(wrong)}', flush=True)
                 faults += bool(wrong)
-    print(json.dumps(dict(finished=finished, unfinished=half, faults=faults)))
-    return faults
+    found = dict(finished=finished, unfinished=half, faults=faults)
+    print(json.dumps(found))
+    return found
 
 
-if __name__ == '__main__': sys.exit(bool(main(*map(int, sys.argv[1:]))))
+if __name__ == '__main__': sys.exit(bool(main(*map(int, sys.argv[1:]))['faults']))

@@ -77,26 +77,26 @@ def whole_run(top):
 def finished_stages(folder): return {p.name: p.read_bytes() for p in folder.glob('*.safetensors')}
 
 
-def trial(top, whole, when):
+def trial(top, whole, when, out=None):
     """Kill once for every entry of `when` (a number of writes, or seconds as a float), then let it end.
 
     Returns how often it was really killed, and what is wrong."""
-    out = Path(tempfile.mkdtemp(dir=top))
+    out = out or Path(tempfile.mkdtemp(dir=top))
     folder, killed, wrong = out/run_id(whole.recipe), 0, []
     for at in when:
         before = finished_stages(folder)
-        pid = fork(out, out/'said', at if isinstance(at, int) else None)
+        pid = fork(out, top/'said', at if isinstance(at, int) else None)
         if isinstance(at, float):
             time.sleep(at)
             os.kill(pid, signal.SIGKILL)
         code = ended(pid)
         if code is None: wrong.append('hangs')
-        if code == 1: wrong.append((out/'said').read_text())
+        if code == 1: wrong.append((top/'said').read_text())
         killed += code == -signal.SIGKILL
         after = finished_stages(folder)
         if any(after.get(k) != v for k, v in before.items()): wrong.append('a finished stage is lost')
-    code = ended(fork(out, out/'said'))
-    if code != 0: return killed, wrong + ['hangs' if code is None else (out/'said').read_text()]
+    code = ended(fork(out, top/'said'))
+    if code != 0: return killed, wrong + ['hangs' if code is None else (top/'said').read_text()]
     run_ = load_run(folder)
     if verify_files(folder)['changed']: wrong.append('changed files')
     left = [p.name for q in PASSING for p in folder.glob(q)]

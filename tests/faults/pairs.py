@@ -103,8 +103,9 @@ def main(n, seed=0):
             how = ' and '.join('bare' if b else 'notebook' for b in bare)
             print(f'{i + 1:3} {how}, {delay:.1f} s apart, {"first killed" if kill is not None else "both live"}: '
                   f'{"; ".join(wrong) or "fine"}', flush=True)
-    print(json.dumps(dict(pairs=n, faults=faults)))
-    return faults
+    found = dict(pairs=n, faults=faults)
+    print(json.dumps(found))
+    return found
 
 
-if __name__ == '__main__': sys.exit(bool(main(int(sys.argv[1]), *map(int, sys.argv[2:]))))
+if __name__ == '__main__': sys.exit(bool(main(*map(int, sys.argv[1:]))['faults']))

@@ -36,7 +36,8 @@ def rows(counts, seed):
     "Features of as many rows"
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(len(counts)), counts)
-    return torch.from_numpy(rng.normal(size=(len(y), 12)).astype('f4') + 2*np.eye(12, dtype='f4')[y]), torch.from_numpy(y)
+    x = rng.normal(size=(len(y), 12)).astype('f4') + 2*np.eye(12, dtype='f4')[y]
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 @pytest.fixture(scope='module')

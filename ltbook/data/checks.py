@@ -39,7 +39,8 @@ def one_of(
     "Return `name` if it is one of `options`; otherwise raise `UserError` with the near matches."
     options = sorted(options)
     if name in options: return name
-    near = get_close_matches(str(name), options, n=3, cutoff=0.5)
+    plain = {''.join(c for c in o.lower() if c.isalnum()): o for o in options}
+    near = [plain[k] for k in get_close_matches(''.join(c for c in str(name).lower() if c.isalnum()), plain, 3, 0.5)]
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
     raise UserError(f'Unknown {what} {name!r}.{hint} Choose from: {", ".join(options)}.')
 

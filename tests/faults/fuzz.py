@@ -70,7 +70,8 @@ class Lab:
         self.predictions = (self.done/'predictions.h5').read_bytes()
         x = torch.arange(9*4*5*3).reshape(9, 4, 5, 3).to(torch.uint8)
         some = ImageSet(x, torch.arange(9) % 3, ('ant', 'bee', 'cat'))
-        self.store = write_h5(top/'a.h5', some, some, mean=[.5]*3, std=[.2]*3, pad=1, flip=True, source='x').read_bytes()
+        usual = dict(mean=[.5]*3, std=[.2]*3, pad=1, flip=True, source='x')
+        self.store = write_h5(top/'a.h5', some, some, **usual).read_bytes()
         z = Logits('a', torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]), np.ones(3, bool))
         self.logits = write_logits(top/'b.h5', z).read_bytes()
         with h5py.File(top/'c.h5', 'w') as f:
@@ -260,8 +261,8 @@ READERS = dict(
     command_line=(3, lambda lab: LINES, command_line),
     small_words=(15, lambda lab: [b'0..7', b'0,1,2', b'{"a": [1, {"b": null}]}', b'birds-2', 'ü \u202e'.encode()],
                  small_words),
-    run_folder=(10, lambda lab: _inside(lab, lab.json | {'done.json': b'{}'}, ('recipe.json', 'metrics.json', 'env.json',
-                                                                              'done.json')), run_folder),
+    run_folder=(10, lambda lab: _inside(
+        lab, lab.json | {'done.json': b'{}'}, ('recipe.json', 'metrics.json', 'env.json', 'done.json')), run_folder),
     file_list=(12, lambda lab: [lab.json['done.json'], b'{"run": "x", "files": {"a": "b"}}'], file_list),
     manifest=(8, lambda lab: [lab.json['manifest.json']], manifest),
     history=(7, lambda lab: [lab.history, lab.rows], history),

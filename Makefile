@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check install lab dist-check clean
+.PHONY: run test check faults audit install lab dist-check clean
 run: install
 	$(BIN)/ltbook run mislas digits --profile paper --seed 0
 
@@ -19,6 +19,18 @@ check: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py tests/test_results.py
 	@for page in $$({ git diff --name-only HEAD; git ls-files -o --exclude-standard; } | grep '^nbs/.*ipynb$$'); do \
 	  if [ -f "$$page" ]; then echo "$$page"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --path "$$page" || exit 1; fi; done
+
+# hours: kills, pairs of processes, full disks (as root), damage, a million inputs; writes outputs/faults/table.json
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/watch.py
+
+# a table of licences, and known vulnerabilities of what is installed; the second needs the network, and fails without it
+audit: install
+	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit pip-licenses
+	$(VENV)/audit/bin/pip-licenses --python=$(BIN)/python --from=mixed --order=license --ignore-packages ltbook
+	@$(VENV)/audit/bin/pip-audit --strict --progress-spinner off --path \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || \
+	  { echo 'Not clean: a package above has a known fault, or could not be looked up (is the network there?).'; exit 1; }
 
 install: $(VENV)/.installed
 

@@ -34,6 +34,7 @@ class PoliteGroup(TyperGroup):
             with ending_on_term(): return super().invoke(ctx)
         except (typer.Exit, typer.Abort): raise      # of typer itself, as after --help; they are RuntimeErrors, too
         except UserError as e: code, text = 2, f'Error: {e}'
+        except OSError as e: code, text = 2, f'Error: {e.strerror or e}: {str(e.filename)[:100]}. Give another name.'
         except (RuntimeError, ArithmeticError) as e: code, text = 1, f'Failed: {e}'
         except KeyboardInterrupt as e:
             code = 143 if isinstance(e, Terminated) else 130

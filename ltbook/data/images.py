@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'ImageData', 'data_root', 'is_here', 'read_arrays', 'load
 # %% ../../nbs/data/03_images.ipynb #c39e8029
 from dataclasses import dataclass, replace
 from pathlib import Path
-import codecs, hashlib, io, os, pickle, tarfile, tempfile
+import hashlib, io, os, pickle, pickletools, tarfile, tempfile
 import numpy as np
 import torch
 from .checks import UserError, check_name, one_of, printable
@@ -77,19 +77,49 @@ def _digits() -> tuple[ImageSet, ImageSet]:
     return data.subset(np.flatnonzero(~held)), data.subset(np.flatnonzero(held))
 
 # %% ../../nbs/data/03_images.ipynb #94725882
+class _Kind:
+    "The numbers of an array in a pickle: whole ones or floats."
+    def __init__(self, code: str, *about):
+        self.type = np.dtype(code)
+        if self.type.kind not in 'uif': raise UserError(f'it holds arrays of {printable(code)}, not of numbers')
+    def __setstate__(self, state: tuple):
+        if state[1] in ('<', '>'): self.type = self.type.newbyteorder(state[1])
+
+class _Array:
+    "An array in a pickle, made of its bytes; nothing is called, and no more room is made than there are bytes."
+    def __init__(self, *about): self.values = np.empty(0, np.uint8)
+    def __setstate__(self, state: tuple):
+        _, shape, kind, fortran, raw = state
+        if isinstance(raw, str): raw = _bytes(raw)
+        self.values = np.frombuffer(raw, kind.type).reshape(shape, order='F' if fortran else 'C')
+
+def _bytes(text: str, how: str = '') -> bytes: return text.encode('latin1')
+
+def _values(x):
+    "The same with arrays in their places."
+    if isinstance(x, dict): return {k: _values(v) for k, v in x.items()}
+    return [_values(v) for v in x] if isinstance(x, list) else x.values if isinstance(x, _Array) else x
+
+def _bounded(data: bytes) -> None:
+    "Raise `ValueError` for a pickle that claims to hold more than it has: Python would make room for it."
+    for op, number, _ in pickletools.genops(data):
+        if op.name.endswith('PUT') and int(number) > len(data): raise ValueError('it counts too far')
+
 class _Arrays(pickle.Unpickler):
     "Reads lists, texts and arrays, and refuses everything else."
     def find_class(self, module, name):
-        if name == '_reconstruct' and module.endswith('core.multiarray'): return np.empty(0).__reduce__()[0]
-        if module == 'numpy' and name in ('ndarray', 'dtype'): return getattr(np, name)
-        if (module, name) == ('_codecs', 'encode'): return codecs.encode
+        if name == '_reconstruct' and module.endswith('core.multiarray'): return _Array
+        if module == 'numpy' and name in ('ndarray', 'dtype'): return dict(ndarray=_Array, dtype=_Kind)[name]
+        if (module, name) == ('_codecs', 'encode'): return _bytes
         raise UserError(f'it asks for {printable(module)}.{printable(name)}, which no file of images needs')
 
 def read_arrays(
     data: bytes,  # a pickle
 ) -> dict:  # of lists, texts and arrays
     "What a pickle of arrays holds. Raises `UserError` for one that asks for anything else, or is damaged."
-    try: return _Arrays(io.BytesIO(data), encoding='latin1').load()
+    try:
+        _bounded(data)
+        return _values(_Arrays(io.BytesIO(data), encoding='latin1').load())
     except UserError: raise
     except Exception as e: raise UserError(f'it cannot be unpickled ({printable(str(e))})') from e
 

@@ -10,6 +10,7 @@ import os, signal, subprocess, sys, threading, time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from ..data.checks import UserError, printable
 
 # %% ../../nbs/train/47_processes.ipynb #cf3019ad
 class Terminated(KeyboardInterrupt):
@@ -46,6 +47,8 @@ def note_import(
 ) -> None:
     "Have this process, and those it starts, import a module with methods when they look for one."
     known = list(filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)))
+    if not module.isprintable():
+        raise UserError(f'{printable(module)} cannot be imported: name a module such as a.b.c, or a file.')
     if module.endswith('.py'): module = str(Path(module).absolute())
     if module not in known: os.environ['LTBOOK_IMPORT'] = os.pathsep.join([*known, module or '(no name)'])
 

@@ -31,6 +31,10 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+if '--atheris' in sys.argv:      # sees which lines of ltbook an input reaches
+    import atheris
+    with atheris.instrument_imports(include=['ltbook']): import ltbook.cli.main, ltbook.studies.fusion
+
 import ltbook.runs.run
 from ltbook.cli.main import app
 from ltbook.cli.words import parse_changes
@@ -363,7 +367,6 @@ def shares(n, names):
 
 def guided(name, n):
     "Let atheris choose the inputs of one reader; ends the process"
-    import atheris
     with tempfile.TemporaryDirectory() as d, bench(d) as lab:
         (seeds := Path(d)/'seeds').mkdir()
         for i, data in enumerate(READERS[name][1](lab)): (seeds/str(i)).write_bytes(data)
@@ -371,7 +374,7 @@ def guided(name, n):
             wrong = look(READERS[name][2], lab, data)
             if wrong: raise AssertionError(wrong)
         atheris.Setup([sys.argv[0], str(seeds), f'-runs={n}', f'-timeout={SECONDS:g}', '-rss_limit_mb=4000',
-                       f'-artifact_prefix={d}/', '-verbosity=0'], one)
+                       f'-artifact_prefix={d}/', '-verbosity=0', '-print_final_stats=1'], one)
         atheris.Fuzz()
 
 

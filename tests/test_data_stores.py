@@ -5,7 +5,7 @@ import h5py, numpy as np, pytest, torch
 from PIL import Image
 from ltbook.data.checks import UserError
 from ltbook.data.images import DATASETS, data_root, load_images
-from ltbook.data import stores
+from ltbook.data import hdf5
 from ltbook.data.features import check_features
 from ltbook.data.stores import ImageSet, import_folder, read_h5, write_h5
 from ltbook.studies.fusion import read_logits
@@ -106,20 +106,20 @@ def test_labels_of_any_whole_number_type(good, kind):
 
 @pytest.mark.parametrize('reader', [check_features, read_logits])
 def test_every_reader_of_hdf5_lets_a_child_look_first(reader, good, monkeypatch):
-    monkeypatch.setattr(stores, '_TRY', 'import os; os.abort()')
+    monkeypatch.setattr(hdf5, '_TRY', 'import os; os.abort()')
     with pytest.raises(UserError, match='crash'): reader(good)
 
 def test_a_file_that_keeps_the_library_busy_or_kills_it(good, monkeypatch):
     "It is opened by a child first, with a time limit; and by no child where its hashes are known"
-    monkeypatch.setattr(stores, '_TRY', 'import time; time.sleep(60)')
-    monkeypatch.setattr(stores.try_to_open, '__defaults__', (.5,))
+    monkeypatch.setattr(hdf5, '_TRY', 'import time; time.sleep(60)')
+    monkeypatch.setattr(hdf5.try_to_open, '__defaults__', (.5,))
     with pytest.raises(UserError, match='could not be opened within 0.5 seconds'): read_h5(good)
-    monkeypatch.setattr(stores, '_TRY', 'import os; os.abort()')
-    monkeypatch.setattr(stores.try_to_open, '__defaults__', (30.,))
+    monkeypatch.setattr(hdf5, '_TRY', 'import os; os.abort()')
+    monkeypatch.setattr(hdf5.try_to_open, '__defaults__', (30.,))
     with pytest.raises(UserError, match='crash'): read_h5(good)
     monkeypatch.undo()
     read_h5(good)
-    monkeypatch.setattr(stores, '_TRY', 'import os; os.abort()')
+    monkeypatch.setattr(hdf5, '_TRY', 'import os; os.abort()')
     read_h5(good)
 
 def test_test_part_may_lack_a_class(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .checks import UserError, printable, writing
 from .fingerprint import row_hashes
 from .images import ImageData
-from .stores import stored, try_to_open
+from .hdf5 import stored, try_to_open
 
 # %% ../../nbs/data/08_features.ipynb #154664be
 @dataclass(frozen=True, eq=False)

@@ -145,7 +145,7 @@ LARGE = dict(
         train=(115_846, 1280, 5), val=(20_000, 20, 20), test=(50_000, 50, 50),
         **{k: (12_058, 50, 1) for k in _SHIFTS}),
         (Layout('train/ and val/ with a folder a class', 'train/n|val/n'),),
-        'ImageNet (ILSVRC 2012): ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, each unpacked into class folders'),
+        'ImageNet (ILSVRC 2012): ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpacked into class folders'),
     places_lt=LargeSet('Places-LT', 365, dict(
         train=(62_500, 4980, 5), val=(7_300, 20, 20), test=(36_500, 100, 100), **{k: (8_989, 100, 2) for k in _SHIFTS}),
         (Layout('places365_standard.tar, from its own folder on', 'places365_standard/'),

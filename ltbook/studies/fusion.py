@@ -16,7 +16,8 @@ import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.parts import class_splits
-from ..data.stores import ImageSet, stored, try_to_open
+from ..data.hdf5 import stored, try_to_open
+from ..data.stores import ImageSet
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits

@@ -38,7 +38,7 @@ if '--atheris' in sys.argv:      # sees which lines of ltbook an input reaches
 import ltbook.runs.run
 from ltbook.cli.main import app
 from ltbook.cli.words import parse_changes
-from ltbook.data import images, stores
+from ltbook.data import hdf5, images, stores
 from ltbook.data.checks import UserError, check_name, printable
 from ltbook.data.features import check_features, describe_features
 from ltbook.data.images import read_arrays
@@ -121,10 +121,10 @@ for line in sys.stdin:
 
 
 def quick_child(path, stamp, seconds):
-    "The look of a child process at an HDF5 file, as in `stores`, without starting Python anew for each"
+    "The look of a child process at an HDF5 file, as in `hdf5`, without starting Python anew for each"
     global server
     if server is None:
-        server = subprocess.Popen([sys.executable, '-c', SERVER, stores._TRY], stdin=subprocess.PIPE,
+        server = subprocess.Popen([sys.executable, '-c', SERVER, hdf5._TRY], stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     print(path, file=server.stdin, flush=True)
     answer = server.stdout.readline().strip()
@@ -149,7 +149,8 @@ def words_of_a_recipe(lab, data):
 
 def command_line(lab, data):
     line = data.decode('utf-8', 'replace').split('\n')[:14]
-    p = CliRunner().invoke(app, line, env=dict(COLUMNS='100', LTBOOK_DATA=str(lab.top/'none')))
+    env = dict(COLUMNS='100', LTBOOK_DATA=str(lab.top/'none'), LTBOOK_IMPORT='')      # and as it was, afterwards
+    p = CliRunner().invoke(app, line, env=env)
     if p.exception and not isinstance(p.exception, SystemExit): raise p.exception
     if p.exit_code not in (0, 1, 2): raise AssertionError(f'exit code {p.exit_code}')
     if 'Traceback' in p.output or '\x1b' in p.output: raise AssertionError(p.output[:300])
@@ -324,7 +325,7 @@ def bench(top):
     import ltbook.bench.table, ltbook.runs.notebook, ltbook.studies.seeds
     kept = [(ltbook.runs.run, 'prepare'), (ltbook.runs.run, 'run'), (ltbook.studies.seeds, 'cli_seeds'),
             (ltbook.bench.table, 'cli_bench'), (stores, 'import_folder'), (images, '_download_cifar'),
-            (stores, '_tried')]
+            (hdf5, '_tried')]
     was, here = [(m, k, getattr(m, k)) for m, k in kept], os.getcwd()
     for m, k in kept: setattr(m, k, quick_child if k == '_tried' else none)
     os.chdir(lab.top)

@@ -18,7 +18,7 @@ import pairs
 from ltbook.data.checks import UserError
 from ltbook.cli.main import app
 from ltbook.runs.folder import load_run, run_id, scan_runs
-from ltbook.runs.keeping import LOCKS, PASSING, owned, still_owned, verify_files
+from ltbook.runs.keeping import LEASE, LOCKS, PASSING, owned, still_owned, verify_files
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 from ltbook.train.files import write_json
@@ -391,6 +391,15 @@ def test_a_lock_without_an_owner_is_taken(tmp_path):
     lock.touch()
     os.utime(lock, (time.time() - 120,)*2)
     assert load_run(run(r, tmp_path, device='cpu')).id == run_id(r)
+
+
+def test_a_lock_without_an_owner_is_taken_while_one_waits(tmp_path):
+    "Left not a minute ago by a process that was killed before it wrote its name"
+    (tmp_path/'.lock').touch()
+    os.utime(tmp_path/'.lock', (time.time() - LEASE + 3,)*2)
+    said, began = [], time.monotonic()
+    with owned(tmp_path, said.append): pass
+    assert len(said) == 1 and 'another process' in said[0] and 1 < time.monotonic() - began < 20
 
 
 def test_a_robbed_owner_knows_at_once(tmp_path):

@@ -125,7 +125,8 @@ def pack_(
     if check_name(name, 'data set') in DATASETS: raise UserError(f'{name} is a built-in data set; choose another name.')
     root = find_root(data_root)
     if (root/f'{name}.h5').exists() and not force:
-        raise UserError(f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
+        raise UserError(
+            f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task('packing', total=None)
         show = lambda done, of: bar.update(task, completed=done, total=of)

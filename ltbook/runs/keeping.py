@@ -101,9 +101,7 @@ def owned(
     name: str = '.lock',  # of the lock; another one is another lock
 ) -> Iterator[SoftFileLease]:  # its `compromise` is set if another process took the folder over
     "Be the only one to write into a folder; wait for an earlier owner. Raises `UserError` where nobody can write."
-    with suppress(OSError):      # without an owner in it, as a cut of the power can leave it
-        left = os.stat(folder/name)
-        if not left.st_size and time.time() - left.st_mtime > LEASE: os.unlink(folder/name)
+    _take_away(folder/name)
     lock = SoftFileLease(folder/name, lease_duration=LEASE, heartbeat_interval=5.0, thread_local=False)
     try:
         try: lock.acquire(timeout=0)
@@ -111,12 +109,24 @@ def owned(
             who = lock.owner
             owner = f'process {who.pid} on {who.hostname}' if who else 'another process'
             say(f'{folder} is being written by {owner}: waiting for it. Ctrl-C ends the waiting and leaves it alone.')
-            try: lock.acquire(poll_interval=0.5)
+            try: _wait_for(lock, folder/name)
             except KeyboardInterrupt as e: raise type(e)(f'No longer waiting; {owner} goes on with the run.') from None
     except OSError as e:
         raise UserError(f'Cannot write into {folder}: {e.strerror or e}. Choose another place with --out.') from None
     try: yield lock
     finally: lock.release()
+
+def _take_away(file: Path) -> None:
+    "Remove a lock without an owner in it, as a kill in the moment of locking or a cut of the power can leave it."
+    with suppress(OSError):
+        left = os.stat(file)
+        if not left.st_size and time.time() - left.st_mtime > LEASE: os.unlink(file)
+
+def _wait_for(lock: SoftFileLease, file: Path) -> None:
+    "Become the owner, however long it takes."
+    while True:
+        _take_away(file)
+        with suppress(Timeout): return lock.acquire(timeout=2., poll_interval=.5)
 
 def still_owned(
     lock: SoftFileLease,  # from `owned`

@@ -1,0 +1,244 @@
+"Large sets: the same numbers by every path, real lists, packing that is killed, full disks, two processes"
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import ltbook.data.pack as packing
+from ltbook.cli.main import app
+from ltbook.data.checks import UserError
+from ltbook.data.files import FileStore, file_set
+from ltbook.data.images import ImageData, data_root
+from ltbook.data.large import pack_large, read_lists
+from ltbook.data.lists import ImageList, by_count, category_names, read_list, recognised
+from ltbook.data.pack import pack
+from ltbook.data.pictures import Reading
+from ltbook.data.stores import ImageSet, read_h5, write_h5
+from ltbook.methods import method
+from ltbook.methods.recipe import recipe
+from ltbook.runs.run import run
+
+sys.path.insert(0, str(Path(__file__).parent/'faults'))
+import disk
+
+LISTS = data_root()/'lists.zip'
+COUNTS = dict(train=(40, 25, 12, 5), test=(6, 6, 6, 6))
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "Squares of 32 pixels as PNG files with lists: (folder of images, folder of lists)"
+    top, rng = tmp_path_factory.mktemp('photographs'), np.random.default_rng(0)
+    (top/'lists').mkdir()
+    for part, counts in COUNTS.items():
+        lines = []
+        for k, n in enumerate(counts):
+            for i in range(n):
+                file = top/'images'/part/f'kind {k}'/f'{i}.png'
+                file.parent.mkdir(parents=True, exist_ok=True)
+                x = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8) + np.uint8(30*k)
+                Image.fromarray(x).save(file)
+                lines.append(f'{part}/kind {k}/{i}.png {k}\n')
+        (top/'lists'/f'{part}.txt').write_text(''.join(lines))
+    return top/'images', top/'lists'
+
+
+def sets_of(photographs, workers=1):
+    listed = read_lists('photographs', photographs[1])
+    return [file_set(listed.parts[k], photographs[0], listed.classes, Reading(32), workers) for k in COUNTS]
+
+
+def by_path(path, photographs, folder):
+    "Both parts in memory, from a packed file, or from the pictures with some threads"
+    train, test = sets_of(photographs, path if isinstance(path, int) else 1)
+    if path == 'memory': return [ImageSet(s.gather(torch.arange(len(s))), s.labels, s.classes) for s in (train, test)]
+    if path == 'packed': return read_h5(pack(folder/'x.h5', train, test))[:2]
+    return train, test
+
+
+@pytest.mark.parametrize('name', ['mislas', 'class_balanced_experts'])
+def test_the_same_weights_by_every_path(name, photographs, tmp_path, monkeypatch):
+    "An epoch with crops, mirrors and mixup from memory, from a packed file, and from files with one and two threads"
+    changes = dict(class_balanced_experts=dict(splits='quantile', ratios=(2, 2, 2), expert_epochs=(1, 1, 1)))
+    found = {}
+    for path in ('memory', 'packed', 1, 2):
+        parts = by_path(path, photographs, tmp_path)
+        mean = dict(mean=(.5,)*3, std=(.25,)*3)
+        parts = [ImageSet(p.store, p.labels, p.classes, **mean) for p in parts]
+        data = ImageData('photographs', *parts, 4, True, None, '')
+        monkeypatch.setattr(method, 'load_images', lambda *a, **k: data)
+        r = recipe(name, 'photographs', profile='smoke', epochs=1, max_steps=None, batch_size=32,
+                   **changes.get(name, {}))
+        done = run(r, tmp_path/str(path), device='cpu', say=lambda text: None)
+        found[path] = {f'{p.name} {k}': v for p in done.glob('*.safetensors') for k, v in load_file(p).items()}
+    first = found.pop('memory')
+    assert first and all(torch.equal(first[k], other[k]) for other in found.values() for k in first)
+
+
+def packer(out, photographs, slowly=.02):
+    "Packing in a copy of this process, slowly enough to be killed"
+    pid = os.fork()
+    if pid: return pid
+    try:
+        packing.PIECE = 5
+        pack(out, *sets_of(photographs), lambda done, of: time.sleep(slowly))
+    finally: os._exit(0)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_killed_while_packing(seed, photographs, tmp_path, monkeypatch):
+    whole = pack(tmp_path/'whole.h5', *sets_of(photographs)).read_bytes()
+    rng, told = random.Random(seed), []
+    for _ in range(3):
+        pid = packer(tmp_path/'x.h5', photographs)
+        time.sleep(rng.uniform(.02, .2))
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    assert pack(tmp_path/'x.h5', *sets_of(photographs), lambda done, of: told.append(done)).read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir() if '.part' in p.name or 'note' in p.name) == []
+
+
+def test_other_pictures_are_not_mixed_with_what_was_packed(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, 'PIECE', 10)
+    train, test = sets_of(photographs)
+    class Stop(Exception): pass
+    def stop(done, of): raise Stop
+    with pytest.raises(Stop): pack(tmp_path/'x.h5', train, test, stop)
+    other, told = ImageSet(train.store, train.labels.flip(0), train.classes), []
+    pack(tmp_path/'x.h5', other, test, lambda done, of: told.append(done))
+    assert told[0] == 10 and torch.equal(read_h5(tmp_path/'x.h5')[0].labels, other.labels)
+
+
+def test_two_processes_pack_one_file(photographs, tmp_path):
+    pid = packer(tmp_path/'x.h5', photographs, slowly=1.)
+    until = time.monotonic() + 20
+    while not (tmp_path/'.x.h5.note.json').exists() and time.monotonic() < until: time.sleep(.01)
+    with pytest.raises(UserError, match='packed by another process'): pack(tmp_path/'x.h5', *sets_of(photographs))
+    os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    assert pack(tmp_path/'x.h5', *sets_of(photographs)).exists()
+
+
+def test_a_full_disk_is_met_before_the_first_picture(photographs, tmp_path):
+    place = tmp_path/'disk'
+    place.mkdir()
+    if os.geteuid() or not disk.mounted(place, 'size=100k'): pytest.skip('no file system can be mounted here')
+    told = []
+    try:
+        with pytest.raises(UserError, match='Cannot write'):
+            pack(place/'x.h5', *sets_of(photographs), lambda done, of: told.append(done))
+        assert not told and not (place/'x.h5').exists()
+        subprocess.run(['mount', '-o', 'remount,size=9m', str(place)], check=True)
+        assert len(read_h5(pack(place/'x.h5', *sets_of(photographs)))[0]) == sum(COUNTS['train'])
+    finally: subprocess.run(['umount', str(place)], check=True)
+
+
+def test_a_broken_picture_is_named_and_its_repair_is_enough(photographs, tmp_path):
+    train, test = sets_of(photographs)
+    bad = tmp_path/'bad.png'
+    bad.write_bytes(train.store.files[50].read_bytes()[:60])
+    files = train.store.files.copy()
+    files[50] = bad
+    broken = ImageSet(train.store.like(files), train.labels, train.classes)
+    with pytest.raises(UserError, match='bad.png'): pack(tmp_path/'x.h5', broken, test)
+    assert not (tmp_path/'x.h5').exists()
+    bad.write_bytes(train.store.files[50].read_bytes())
+    assert torch.equal(read_h5(pack(tmp_path/'x.h5', broken, test))[0].images, train.gather(torch.arange(len(train))))
+
+
+def test_from_lists_to_a_run_at_the_command_line(photographs, tmp_path, monkeypatch):
+    images, lists = map(str, photographs)
+    monkeypatch.chdir(tmp_path)
+    def ltbook(*words): return CliRunner().invoke(app, [*words], env=dict(COLUMNS='300'))
+    p = ltbook('doctor', 'photographs', '--images', images, '--lists', lists, '--deep')
+    assert p.exit_code == 0 and 'train     82 images, 4 classes, 40 to 5 a class' in p.output
+    command = p.output.split('Pack them: ltbook ')[1].split()
+    p = ltbook(*command, '--size', '24', '--data-root', 'd')
+    assert p.exit_code == 0 and 'ltbook run mislas photographs' in p.output, p.output
+    assert 'replace it with --force' in ltbook(*command, '--data-root', 'd').output
+    p = ltbook('run', 'mislas', 'photographs', '--profile', 'smoke', '--bare', '--data-root', 'd')
+    assert p.exit_code == 0, p.output
+    assert read_h5(tmp_path/'d'/'photographs.h5')[0].shape == (24, 24, 3)
+    for words, told in ((('doctor', 'places_lt'), '--images FOLDER --lists FOLDER'),
+                        (('doctor', 'places_lt', '--images', images), 'needs both'),
+                        (('doctor', 'data'), 'ltbook doctor data NAME'),
+                        (('pack', 'x', '--images', images, '--lists', 'none'), 'is not a folder'),
+                        (('pack', 'cifar10', '--images', images, '--lists', lists), 'built-in'),
+                        (('pack', 'places_lt', '--images', images, '--lists', lists), 'no train list of Places-LT')):
+        p = ltbook(*words)
+        assert p.exit_code == 2 and told in p.output, (words, p.output)
+
+
+def test_a_list_of_another_folder_names_the_first_missing_file(photographs, tmp_path):
+    with pytest.raises(UserError, match='82 of 82 pictures of .*train.txt are not in .* is train/kind 0/0.png'):
+        pack_large('photographs', tmp_path, photographs[1], tmp_path)
+    assert not (tmp_path/'photographs.h5').exists()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_by_count_is_stable(seed):
+    counts = np.random.default_rng(seed).integers(1, 9, 50)
+    order = by_count(counts)
+    assert sorted(order.tolist()) == [*range(50)]
+    assert all((counts[a], -a) >= (counts[b], -b) for a, b in zip(order, order[1:]))
+
+
+@pytest.mark.skipif(not LISTS.is_file(), reason='the published lists are not here')
+def test_published_lists_are_recognised(tmp_path):
+    with zipfile.ZipFile(LISTS) as z: z.extractall(tmp_path)
+    parts = {'train': 'train', 'test': 'test', 'val': 'val', 'forward': 'forward', 'backward': 'backward'}
+    seen = set()
+    for path in sorted(tmp_path.glob('*.txt')):
+        key = next(k for p, k in (('ImageNet', 'imagenet_lt'), ('Places', 'places_lt'), ('iNat', 'inaturalist2018'))
+                   if path.name.startswith(p))
+        part = next(v for k, v in parts.items() if k in path.name)
+        name, which, layout = recognised(read_list(path))
+        assert name == key and part in which, path.name
+        seen.add((name, layout.name))
+    assert len(seen) == 5, 'one layout of ImageNet and of iNaturalist, three of Places'
+    assert len(category_names(tmp_path/'iNaturalist18_categories.json')) == 8142
+
+
+@pytest.mark.skipif(not LISTS.is_file(), reason='the published lists are not here')
+def test_a_published_list_that_lacks_a_line_is_not_taken_for_it(tmp_path):
+    with zipfile.ZipFile(LISTS) as z: lines = z.read('Places_LT_v2_val.txt').decode().splitlines()
+    (tmp_path/'a.txt').write_text('\n'.join(lines[:-1]))
+    assert recognised(read_list(tmp_path/'a.txt')) is None
+
+
+@pytest.mark.parametrize('n_classes,largest,smallest,total', [(1000, 1280, 5, 115_846), (8142, 1000, 2, 437_513)])
+def test_full_counts_take_seconds(n_classes, largest, smallest, total, tmp_path):
+    "A list of the published size is read, checked and recognised quickly"
+    counts = np.full(n_classes, smallest)
+    counts[0], left = largest, total - largest - smallest*(n_classes - 1)
+    for k in range(1, n_classes - 1):
+        more = min(left, largest - smallest)
+        counts[k], left = counts[k] + more, left - more
+    prefix = 'train/n' if n_classes == 1000 else 'train_val2018/'
+    with (tmp_path/'train.txt').open('w') as f:
+        for k, n in enumerate(counts): f.writelines(f'{prefix}{k}/{k}_{i}.jpg {k}\n' for i in range(n))
+    began = time.monotonic()
+    part = read_list(tmp_path/'train.txt')
+    assert len(part) == total and recognised(part)[1] == ('train',)
+    assert time.monotonic() - began < 30
+    assert isinstance(part, ImageList) and by_count(part.counts)[0] == 0
+
+
+def test_nothing_of_it_is_read_before_it_is_asked_for(photographs, tmp_path, monkeypatch):
+    "A part of a part is a list of files, and so is the set on another device"
+    train, _ = sets_of(photographs)
+    def none(self, i): raise AssertionError('a picture was read')
+    monkeypatch.setattr(FileStore, 'read', none)
+    part = train.subset([3, 1, 2]).subset([2, 0])
+    assert len(part) == 2 and part.shape == (32, 32, 3) and len(part.store.to('meta')[torch.tensor([1])]) == 1
+    monkeypatch.undo()
+    assert write_h5(tmp_path/'x.h5', train, train).exists()

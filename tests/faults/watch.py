@@ -13,7 +13,7 @@ from fuzz import READERS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT/'outputs'/'faults'/'table.json'
-LONG = dict(kills=500, pairs=50, disk=20, damage=500, fuzz=1_000_000, guided=160_000)
+LONG = dict(kills=500, pairs=50, disk=20, damage=500, fuzz=1_000_000, guided=32_000)
 
 
 def git(*words): return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -38,7 +38,7 @@ def guided(n):
                            cwd=Path(__file__).parent, capture_output=True, text=True)
         done = re.search(r'number_of_executed_units: (\d+)', p.stderr)
         found = re.search(r'new_units_added: *(\d+)', p.stderr)
-        if p.returncode or not done: print(p.stderr[-3000:])
+        if p.returncode or not done: print(p.stdout[-3000:], p.stderr[-3000:])
         yield dict(reader=name, inputs=int(done[1]) if done else 0, new=int(found[1]) if found else 0,
                    faults=int(bool(p.returncode or not done)))
 

@@ -111,7 +111,7 @@ def test_every_reader_of_hdf5_lets_a_child_look_first(reader, good, monkeypatch)
 
 def test_a_file_that_keeps_the_library_busy_or_kills_it(good, monkeypatch):
     "It is opened by a child first, with a time limit; and by no child where its hashes are known"
-    monkeypatch.setattr(hdf5, '_TRY', 'import time; time.sleep(60)')
+    monkeypatch.setattr(hdf5, '_TRY', 'print(flush=True); import time; time.sleep(60)')
     monkeypatch.setattr(hdf5.try_to_open, '__defaults__', (.5,))
     with pytest.raises(UserError, match='could not be opened within 0.5 seconds'): read_h5(good)
     monkeypatch.setattr(hdf5, '_TRY', 'import os; os.abort()')

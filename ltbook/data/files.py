@@ -21,7 +21,7 @@ from .stores import ImageSet
 # %% ../../nbs/data/022_files.ipynb #421199c7
 class FileStore:
     "What a uint8 tensor (N, side, side, 3) would hold, read from files when it is asked for."
-    dtype, ndim = torch.uint8, 4
+    dtype, ndim, ahead = torch.uint8, 4, 2  # of its rows; batches to be read while one is trained on
 
     def __init__(
         self,

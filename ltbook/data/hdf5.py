@@ -16,6 +16,7 @@ from .fingerprint import file_stamp
 # %% ../../nbs/data/019_hdf5.ipynb #774b9ed1
 _TRY = """
 import resource, sys, h5py
+print(flush=True)
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 with h5py.File(sys.argv[1], 'r') as f:
     list(f.attrs.items())
@@ -24,7 +25,7 @@ with h5py.File(sys.argv[1], 'r') as f:
 
 def try_to_open(
     path: Path,  # an HDF5 file that somebody brought
-    seconds: float = 10.,  # that opening it may take
+    seconds: float = 4.,  # that opening it may take, once Python has started
 ) -> None:
     "Let another process open the file: a damaged one can make the library hang, crash or ask for all memory."
     _tried(Path(path).absolute(), tuple(file_stamp(path)), seconds)
@@ -32,11 +33,16 @@ def try_to_open(
 @lru_cache(maxsize=256)
 def _tried(path: Path, stamp: tuple, seconds: float) -> None:
     "Once for every state of a file."
-    try: done = subprocess.run([sys.executable, '-c', _TRY, str(path)], capture_output=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
+    child = [sys.executable, '-c', _TRY, str(path)]
+    with subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+        p.stdout.read(1)
+        try: code = p.wait(seconds)
+        except subprocess.TimeoutExpired: code = None
+        finally: p.kill()
+    if code is None:
         raise UserError(f'{path} could not be opened within {seconds:g} seconds; '
-                        'it is damaged, so write or download it again.') from None
-    if done.returncode < 0:
+                        'it is damaged, so write or download it again.')
+    if code < 0:
         raise UserError(f'{path} makes the HDF5 library crash; it is damaged, so write or download it again.')
 
 # %% ../../nbs/data/019_hdf5.ipynb #9d8037ad

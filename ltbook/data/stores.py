@@ -64,6 +64,10 @@ class ImageSet:
         "Height, width and channels of an image."
         return tuple(self.store.shape[1:])
     @property
+    def ahead(self) -> int:
+        "Batches to be loaded ahead of the training; 0 where the pixels are at hand."
+        return getattr(self.store, 'ahead', 0)
+    @property
     def images(self) -> Tensor:
         "All images, uint8 (N, H, W, C); a copy where the set is a part of its store."
         return self.store if self.at is None else self.store[self.at]

@@ -27,6 +27,11 @@ class View:
         self.data, self.device = data, data.labels.device
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (data.mean, data.std))
 
+    @property
+    def workers(self) -> int:
+        "Threads that load ahead, see `ltbook.train.feed.feed`."
+        return getattr(self.data, 'ahead', 0)
+
     def plan(
         self,
         index: np.ndarray,  # int (B,), positions

@@ -74,7 +74,7 @@ def train_epoch(
     losses, images = torch.zeros(n, device=compute.device), 0
     look = 1 if compute.device.type == 'cpu' else 50
     view = as_view(stage.view)
-    for i, loaded in enumerate(feed(view, order, size, rng, n)):
+    for i, loaded in enumerate(feed(view, order, size, rng, n, getattr(view, 'workers', 0))):
         if compute.pack: compute.pack.check()
         loss = step(loaded, lr) if step else training_step(stage, view.apply(loaded), lr, optimizer, compute)
         losses[i], images = loss, images + len(order[i*size:(i + 1)*size])
@@ -104,7 +104,8 @@ def predict(
     modes = {m: m.training for m in network.modules()}
     network.eval()
     view = as_view(view)
-    with full_fp32(): parts = [outputs(network, view.apply(b)['x']) for b in feed(view, np.arange(n), batch_size)]
+    batches = feed(view, np.arange(n), batch_size, workers=getattr(view, 'workers', 0))
+    with full_fp32(): parts = [outputs(network, view.apply(b)['x']) for b in batches]
     for m, mode in modes.items(): m.training = mode
     return {k: full(torch.cat([p[k] for p in parts])).cpu() for k in parts[0]}
 

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -105,7 +106,7 @@ class Lab:
 
 SERVER = """
 import os, resource, signal, sys, time, h5py
-look = compile(sys.argv[1].split(chr(10), 3)[3], 'look', 'exec')
+look = compile(sys.argv[1].split(chr(10), 4)[4], 'look', 'exec')
 for line in sys.stdin:
     pid, sys.argv = os.fork(), ['-c', line[:-1]]
     if not pid:
@@ -113,7 +114,7 @@ for line in sys.stdin:
             resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
             exec(look, dict(sys=sys, h5py=h5py))
         finally: os._exit(0)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 3
     while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until: time.sleep(.0003)
     if not ended[0]: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
     print('hangs' if not ended[0] else 'crash' if os.WIFSIGNALED(ended[1]) else 'fine', flush=True)
@@ -124,14 +125,22 @@ def quick_child(path, stamp, seconds):
     "The look of a child process at an HDF5 file, as in `hdf5`, without starting Python anew for each"
     global server
     if server is None:
-        server = subprocess.Popen([sys.executable, '-c', SERVER, hdf5._TRY], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        look = hdf5._TRY.replace('print(flush=True)', '')
+        server = subprocess.Popen([sys.executable, '-c', SERVER, look], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, text=True)
     print(path, file=server.stdin, flush=True)
     answer = server.stdout.readline().strip()
     if answer != 'fine': raise UserError(f'{path}: {answer}')
 
 
 server = None
+
+
+def stop_server():
+    "An answer that nobody waited for must not be taken for the next one"
+    global server
+    if server is not None: server.kill(); server.wait()
+    server = None
 
 
 def put(lab, name, data):
@@ -262,7 +271,7 @@ def _inside(lab, files, names): return [n.encode() + b'\n' + files[n] for n in n
 
 # name -> (its share of the inputs, valid ones, the reader)
 READERS = dict(
-    words_of_a_recipe=(20, lambda lab: _pairs(), words_of_a_recipe),
+    words_of_a_recipe=(24, lambda lab: _pairs(), words_of_a_recipe),
     command_line=(3, lambda lab: LINES, command_line),
     small_words=(15, lambda lab: [b'0..7', b'0,1,2', b'{"a": [1, {"b": null}]}', b'birds-2', 'ü \u202e'.encode()],
                  small_words),
@@ -276,9 +285,9 @@ READERS = dict(
         ('recipe.json', 'manifest.json', 'history.csv', 'files.json')), unfinished_folder),
     weights=(5, lambda lab: [lab.weights], weights),
     resume_file=(3, lambda lab: [lab.state], resume_file),
-    store=(2, lambda lab: [lab.store], store),
-    features=(2, lambda lab: [lab.features], features),
-    logits=(2, lambda lab: [lab.logits], logits),
+    store=(.7, lambda lab: [lab.store], store),
+    features=(.7, lambda lab: [lab.features], features),
+    logits=(.7, lambda lab: [lab.logits], logits),
     archive=(4, lambda lab: [lab.pickle], archive),
     picture=(2, lambda lab: lab.pictures, picture),
     lock=(1, lambda lab: [b'{"pid": 1, "hostname": "x"}', b''], lock))
@@ -312,7 +321,9 @@ def look(reader, lab, data):
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try: reader(lab, data)
     except UserError: pass
-    except Hang: return f'hangs: {traceback.format_exc(limit=-3)}'
+    except Hang:
+        stop_server()
+        return f'hangs: {traceback.format_exc(limit=-3)}'
     except Exception as e: return f'{type(e).__name__}: {e} {traceback.format_exc(limit=-2)}'
     finally: signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -363,7 +374,7 @@ def fuzz(lab, name, n, seed=0):
 
 def shares(n, names):
     whole = sum(READERS[k][0] for k in names)
-    return {k: -(-n*READERS[k][0]//whole) for k in names}
+    return {k: math.ceil(n*READERS[k][0]/whole) for k in names}
 
 
 def guided(name, n):

@@ -17,7 +17,7 @@ from .fingerprint import file_stamp
 _TRY = """
 import resource, sys, h5py
 print(flush=True)
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for what, most in ((resource.RLIMIT_AS, 4 << 30), (resource.RLIMIT_CPU, 20)): resource.setrlimit(what, (most, most))
 with h5py.File(sys.argv[1], 'r') as f:
     list(f.attrs.items())
     f.visititems(lambda k, d: isinstance(d, h5py.Dataset) and d.ndim and d[:1] is None or None)

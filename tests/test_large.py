@@ -27,6 +27,7 @@ from ltbook.data.pictures import Reading
 from ltbook.data.stores import ImageSet, read_h5, write_h5
 from ltbook.methods import method
 from ltbook.methods.recipe import recipe
+from ltbook.runs.folder import load_run
 from ltbook.runs.run import run
 
 sys.path.insert(0, str(Path(__file__).parent/'faults'))
@@ -168,6 +169,13 @@ def test_from_lists_to_a_run_at_the_command_line(photographs, tmp_path, monkeypa
     p = ltbook('run', 'mislas', 'photographs', '--profile', 'smoke', '--bare', '--data-root', 'd')
     assert p.exit_code == 0, p.output
     assert read_h5(tmp_path/'d'/'photographs.h5')[0].shape == (24, 24, 3)
+    packed = load_run(next((tmp_path/'outputs'/'photographs'/'mislas').glob('*')))
+    p = ltbook(*command, '--size', '24', '--data-root', 'e', '--as-files')
+    assert p.exit_code == 0 and [q.name for q in (tmp_path/'e').iterdir()] == ['photographs.files.json'], p.output
+    p = ltbook('run', 'mislas', 'photographs', '--profile', 'smoke', '--bare', '--data-root', 'e', '--out', 'o')
+    files = load_run(next((tmp_path/'o'/'photographs'/'mislas').glob('*')))
+    assert p.exit_code == 0 and files.data == packed.data, p.output
+    assert np.array_equal(files.predictions['logits'], packed.predictions['logits']), 'to the bit'
     for words, told in ((('doctor', 'places_lt'), '--images FOLDER --lists FOLDER'),
                         (('doctor', 'places_lt', '--images', images), 'needs both'),
                         (('doctor', 'data'), 'ltbook doctor data NAME'),

@@ -113,24 +113,29 @@ def pack_(
     fit: Annotated[str, typer.Option(help='crop, letterbox or squash.')] = 'crop',
     background: Annotated[str, typer.Option(help='Colour behind transparent pixels and letterboxes.')] = 'white',
     workers: Annotated[Optional[int], typer.Option(help='Threads that decode; default one a core.')] = None,
+    as_files: Annotated[
+        bool, typer.Option('--as-files', help='Leave the pictures where they are; every epoch reads them.')] = False,
     force: Annotated[bool, typer.Option('--force', help='Replace a data set of that name.')] = False,
     data_root: Root = None):
     "Make one file of a large set, from its archive and its lists; goes on where it was stopped."
     from ltbook.data.checks import check_name
     from ltbook.data.images import DATASETS, data_root as find_root
-    from ltbook.data.large import pack_large
+    from ltbook.data.large import declare_files, pack_large
     from ltbook.data.pictures import Reading
     from rich.progress import Progress
 
     if check_name(name, 'data set') in DATASETS: raise UserError(f'{name} is a built-in data set; choose another name.')
     root = find_root(data_root)
-    if (root/f'{name}.h5').exists() and not force:
+    if any((root/f'{name}.{kind}').exists() for kind in ('h5', 'files.json')) and not force:
         raise UserError(
             f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task('packing', total=None)
-        show = lambda done, of: bar.update(task, completed=done, total=of)
-        file = pack_large(name, images, lists, root, Reading(size, fit, background), workers, show)
+    reading = Reading(size, fit, background)
+    if as_files: file = declare_files(name, images, lists, root, reading)
+    else:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task('packing', total=None)
+            show = lambda done, of: bar.update(task, completed=done, total=of)
+            file = pack_large(name, images, lists, root, reading, workers, show)
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #26a7563d

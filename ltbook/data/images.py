@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from .checks import UserError, check_name, one_of, printable
 from .fingerprint import copies_sentences, find_copies
+from .large import load_files
 from .stores import ImageSet, read_h5, write_h5
 
 # %% ../../nbs/data/03_images.ipynb #13719399
@@ -59,7 +60,7 @@ def is_here(
     root = data_root(root)
     return (
         name == 'digits'
-        or (root / f'{name}.h5').is_file()
+        or any((root / f'{name}.{kind}').is_file() for kind in ('h5', 'files.json'))
         or all(any((root / name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*')))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db
@@ -191,16 +192,24 @@ def load_images(
     path = data_root(root)/f"{check_name(name, 'data set')}.h5"
     if name == 'digits': (train, test), attrs = _digits(), dict(source='scikit-learn')
     else:
-        if name not in DATASETS and not path.is_file():
-            one_of(name, {*DATASETS, *(p.stem for p in path.parent.glob('*.h5') if p.name[0] != '.')}, 'data set')
-        if not path.is_file() and not _from_official(name, path): _download_cifar(name, path)
-        train, test, attrs = read_h5(path)
+        files = path.with_name(f'{name}.files.json')
+        if name not in DATASETS and not path.is_file() and not files.is_file():
+            one_of(name, {*DATASETS, *_own_sets(path.parent)}, 'data set')
+        if files.is_file() and not path.is_file(): train, test, attrs = load_files(files)
+        else:
+            if not path.is_file() and not _from_official(name, path): _download_cifar(name, path)
+            train, test, attrs = read_h5(path)
     known = dict(DATASETS.get(name) or _own(train, attrs))
     if train.n_classes != known.pop('n_classes', train.n_classes):
         raise UserError(f'{path} has {train.n_classes} classes and is not {name}; rename it.')
     moments = {k: known.pop(k) for k in ('mean', 'std')}
     train, test = (replace(p, **moments).knowing(p.rows) for p in (train, test))
     return ImageData(name, train, test, **known, source=str(attrs.get('source', f'{name}.h5')))
+
+def _own_sets(folder: Path) -> set[str]:
+    "Names of the sets of a folder: packed files and declarations."
+    found = [p.name for kind in ('h5', 'files.json') for p in folder.glob(f'*.{kind}') if p.name[0] != '.']
+    return {n.removesuffix('.h5').removesuffix('.files.json') for n in found}
 
 def copies_in(
     data: ImageData,  # images, or features

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 from pydantic import (BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
-from ..data.checks import UserError, check_name, one_of
+from ..data.checks import UserError, check_name, one_of, printable
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
@@ -244,6 +244,9 @@ def recipe(
     check_name(dataset, 'data set')
     one_of(profile if isinstance(profile, str) else repr(profile), PROFILES, 'profile')
     changes = {k: spelt(v, _annotation(m, k)) for k, v in changes.items()}
+    if odd := [k for k, v in changes.items() if isinstance(v, str) and not v.isprintable()]:
+        raise UserError(f'{printable(odd[0])} = {printable(changes[odd[0]])} has characters that are no text: '
+                        'leave them out.')
     imbalance = spelt(imbalance, Recipe.model_fields['imbalance'].annotation)
     if imbalance is None: imbalance = DATASETS.get(dataset, {}).get('imbalance')
     elif not isinstance(imbalance, (int, float)) or imbalance is True or not 1 <= imbalance < math.inf:

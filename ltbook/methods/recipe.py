@@ -238,8 +238,7 @@ def recipe(
     profile: str = 'short',  # paper | short | fast | smoke
     **changes: Any,  # fields of the recipe or settings of the method
 ) -> Recipe:  # validated
-    ("The published recipe nearest to the words, with changes. "
-     "Raises `UserError` that names the right fields or types.")
+    "The published recipe nearest to the words, with changes. Raises `UserError` that names the right fields or types."
     m = get_method(method)
     check_name(dataset, 'data set')
     one_of(profile if isinstance(profile, str) else repr(profile), PROFILES, 'profile')

@@ -23,7 +23,7 @@ def stage1(context): return representation_stage(context)
 
 register(Method('{name}', 'somebody else', 'nobody', dict(stage1=stage1), Settings, smoke=dict(lr=.01)))
 '''
-VERBS = ['bench', 'doctor', 'eval', 'features', 'import', 'list', 'run', 'shift', 'show', 'sweep', 'verify']
+VERBS = ['bench', 'doctor', 'eval', 'features', 'import', 'list', 'pack', 'run', 'shift', 'show', 'sweep', 'verify']
 
 
 def call(python, *words, cwd, **env):

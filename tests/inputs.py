@@ -65,6 +65,7 @@ def turned():
 def tree(**files):
     "A folder of pictures: place -> number of them"
     def read(folder, said):
+        (folder/'s').mkdir()
         for place, n in files.items():
             here = folder/'s'/place.replace('__', '/')
             here.mkdir(parents=True)
@@ -205,7 +206,8 @@ INPUTS = [
           tree(train__a=2, train__b=2, train__c=2, test__a=1, test__c=1)),
     Input('folders', 'a class of one picture', SAID, 'not tested', tree(a=5, b=1)),
     Input('folders', 'what Mac and Windows leave behind', AS_IS, '', picture(left_by_systems)),
-    Input('folders', 'a class to test that is not trained', REFUSED, 'c', tree(train__a=2, train__b=2, test__c=1)),
+    Input('folders', 'a class to test that is not trained', REFUSED, 'add or remove them',
+          tree(train__a=2, train__b=2, test__a=1, test__b=1, test__c=1)),
     Input('folders', 'no pictures at all', REFUSED, 'picture', tree()),
     Input('folders', 'no folder', REFUSED, 'is not a folder', lambda f, s: import_folder(f/'none', 'x', f)),
     Input('folders', 'a name that leaves the folder', REFUSED, 'cannot name a data set',

@@ -20,7 +20,7 @@ from ..data.lists import LARGE
 def shift_(
     run: Annotated[str, typer.Argument(help='A finished run of any method.')],
     ratios: Annotated[str, typer.Option(help='Of forward and backward test sets, separated by commas.')] = '',
-    draws: Annotated[int, typer.Option(help='Dirichlet test sets of every component; 0 for none.')] = 10,
+    draws: Annotated[int, typer.Option(help='Dirichlet test sets of every component; 0 for none.', min=0)] = 10,
     seed: Annotated[int, typer.Option(help='Of images, draws and views.')] = 0,
     only: Annotated[
         Optional[list[str]], typer.Option(help='Name of a shift, e.g. forward-50; may be repeated.')] = None,
@@ -76,20 +76,23 @@ def features_(
 # %% ../../nbs/cli/792_data.ipynb #09b17ac8
 @app.command('doctor')
 def doctor_(
-    what: Annotated[str, typer.Argument(help='data, features, or a set with lists: imagenet_lt, places_lt, …')],
-    file: Annotated[Optional[Path], typer.Argument(help='Name of a data set, or a feature file.')] = None,
+    what: Annotated[
+        str, typer.Argument(help='data, features, the name of a data set, or of one with lists: imagenet_lt, …')],
+    file: Annotated[
+        Optional[Path], typer.Argument(help='After data: the name of a data set; after features: a file.')] = None,
     images: Annotated[Optional[Path], typer.Option(help='Folder that the lists are relative to.')] = None,
     lists: Annotated[Optional[Path], typer.Option(help='Folder of the lists.')] = None,
     deep: Annotated[bool, typer.Option('--deep', help='Decode every picture.')] = False,
     data_root: Root = None):
     "Say what is wrong with a data set or a file, or what is in it."
     from ltbook.data.features import check_features, describe_features
+    from ltbook.data.images import DATASETS, describe_data, own_sets
     if images or lists: return _doctor_large(what, images, lists, deep)
+    if file is None and what in {*DATASETS, *own_sets(data_root)}: what, file = 'data', Path(what)
     if one_of(what, ('data', 'features', *LARGE), 'kind of file') in LARGE:
         raise UserError(f'Say where {what} lies: ltbook doctor {what} --images FOLDER --lists FOLDER')
     if file is None: raise UserError(f'Say which {what}: ltbook doctor {what} NAME')
     if what == 'data':
-        from ltbook.data.images import describe_data
         for text in describe_data(str(file), data_root): console.print(text, soft_wrap=True)
         return
     faults = check_features(file)

@@ -15,9 +15,11 @@ from ..data.checks import one_of
 
 # %% ../../nbs/cli/791_runs.ipynb #5f313fb6
 @app.command('list')
-def list_(what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all'):
+def list_(
+    what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all',
+    data_root: Root = None):
     "Data sets, methods and published recipes, and where each comes from."
-    from ltbook.data.images import DATASETS
+    from ltbook.data.images import DATASETS, own_sets
     from ltbook.methods.method import methods
     one_of(what, ('all', 'datasets', 'methods', 'recipes'), 'list')
     known = {k: m for k, m in methods().items() if not m.hidden}
@@ -26,7 +28,7 @@ def list_(what: Annotated[str, typer.Argument(help='datasets, methods, recipes o
             'data sets',
             ('name', 'classes', 'usual imbalance'),
             [(k, d['n_classes'], d['imbalance']) for k, d in DATASETS.items()]
-            + [('<name>.h5', 'any', 'as it is')])
+            + [(k, 'its own', 'as it is') for k in own_sets(data_root)])
     if what in ('all', 'methods'):
         print_table('methods', ('name', 'what', 'from'), [(k, m.title, m.paper) for k, m in known.items()])
     if what in ('all', 'recipes'):
@@ -114,6 +116,7 @@ def run_(
             'papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.'
         )
     finished = (folder/'done.json').exists()
+    if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
     with Reporter(console) as r:
         if notebook is None or (finished and (folder/'run.ipynb').exists()):
             folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
@@ -231,24 +234,28 @@ def verify_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are checked.')] = None,
     out: Out = Path('outputs')):
     "Compare the files of finished runs with the hashes written when they were finished."
-    from ltbook.runs.folder import resolve_run, verify_run
+    from ltbook.runs.folder import UNLISTED, resolve_run, verify_run
     named = [p for p in (Path(run), out/run) if (p/'done.json').exists()] if run else []
     places = named[:1] or (
         [resolve_run(run, out).path] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))])
-    wrong = 0
+    wrong = older = 0
     for place in places:
         faults, notes = verify_run(place)
         wrong += bool(faults)
-        console.print(f'{"FAULT" if faults else "ok   "}  {place}: {"; ".join(faults) or notes}', soft_wrap=True)
+        older += notes.startswith(UNLISTED)
+        state = 'FAULT' if faults else 'older' if notes.startswith(UNLISTED) else 'ok   '
+        console.print(f'{state}  {place}: {"; ".join(faults) or notes}', soft_wrap=True)
     if wrong: raise RuntimeError(f'{wrong} of {len(places)} runs are not what was written.')
-    console.print(f'{len(places)} runs checked.')
+    console.print(f'{len(places) - older} runs are what was written.')
+    if older: console.print(f'{older} are older than hashes: nothing says what was written.')
 
 # %% ../../nbs/cli/791_runs.ipynb #5f50bf75
 @app.command('eval')
 def eval_(
     run: Annotated[str, typer.Argument(help='A finished run.')],
     shot_rule: Annotated[
-        Optional[str], typer.Option(help='100/20, oltr, mislas or thirds; default: that of the run.')] = None,
+        Optional[str],
+        typer.Option(help='100/20, 1000/200, difficulty_net, oltr, mislas, thirds; default: as the run.')] = None,
     weights: Annotated[bool, typer.Option('--weights', help='Predict again from the weights.')] = False,
     data_root: Root = None,
     out: Out = Path('outputs'),

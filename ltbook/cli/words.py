@@ -34,6 +34,7 @@ class PoliteGroup(TyperGroup):
             with ending_on_term(): return super().invoke(ctx)
         except (typer.Exit, typer.Abort): raise      # of typer itself, as after --help; they are RuntimeErrors, too
         except UserError as e: code, text = 2, f'Error: {e}'
+        except BrokenPipeError: raise                # as of `| head`: nobody listens any more
         except OSError as e: code, text = 2, f'Error: {e.strerror or e}: {str(e.filename)[:100]}. Give another name.'
         except (RuntimeError, ArithmeticError) as e: code, text = 1, f'Failed: {e}'
         except KeyboardInterrupt as e:
@@ -62,7 +63,7 @@ Device = Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:N or mps.')]
 def print_table(title: str, head: tuple, rows: list) -> None:
     "A plain table."
     table = Table(title=title, title_justify='left')
-    for h in head: table.add_column(h, overflow='fold')
+    for h in head: table.add_column(h, overflow='fold', no_wrap=h == 'run')
     for row in rows: table.add_row(*(_safe(str(v)) for v in row))
     console.print(table)
 

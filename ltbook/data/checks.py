@@ -35,6 +35,7 @@ def one_of(
     name: str,  # what the user typed
     options: Iterable[str],  # the right names
     what: str,  # what kind of name it is, for the message
+    otherwise: str = '',  # a last sentence: what else could be done
 ) -> str:  # `name` itself when it is right
     "Return `name` if it is one of `options`; otherwise raise `UserError` with the near matches."
     options = sorted(options)
@@ -42,7 +43,7 @@ def one_of(
     plain = {''.join(c for c in o.lower() if c.isalnum()): o for o in options}
     near = [plain[k] for k in get_close_matches(''.join(c for c in str(name).lower() if c.isalnum()), plain, 3, 0.5)]
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
-    raise UserError(f'Unknown {what} {name!r}.{hint} Choose from: {", ".join(options)}.')
+    raise UserError(f'Unknown {what} {name!r}.{hint} Choose from: {", ".join(options)}.{otherwise and f" {otherwise}"}')
 
 # %% ../../nbs/data/00_checks.ipynb #75dec1a9
 def printable(

@@ -77,8 +77,10 @@ def file_set(
     "The pictures of a list as a set. Raises `UserError` that names the first missing files and counts the rest."
     files = [Path(root)/f for f in part.files]
     if missing := missing_files(part, root):
+        advice = ('name the folder that the list is relative to' if len(missing) == len(files) else
+                  'add what is missing, or take its lines out of the list')
         raise UserError(f'{len(missing)} of {len(files)} pictures of {part.source} are not in {root}, the first '
-                        f'is {printable(missing[0])}; name the folder that the list is relative to.')
+                        f'is {printable(missing[0])}; {advice}.')
     return ImageSet(FileStore(files, reading, workers=workers), torch.from_numpy(part.labels), tuple(classes))
 
 def missing_files(

@@ -100,7 +100,8 @@ def class_folders(
     "The pictures of a folder. Raises `UserError` for fewer than two class folders."
     classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and _wanted(d)]
     if len(classes) < 2:
-        raise UserError(f'{folder} must hold at least 2 class folders, found {len(classes)}.')
+        raise UserError(f'{folder} must hold at least 2 class folders, found {len(classes)}: '
+                        'put the pictures of each class into a folder of its own.')
     return {printable(d.name): sorted(p for p in d.iterdir() if _wanted(p) and p.suffix.lower() in SUFFIXES)
             for d in classes}
 

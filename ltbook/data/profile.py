@@ -28,8 +28,9 @@ def long_tail_counts(
     power = [k / (n_classes - 1) if kind == 'exp' else float(k >= n_classes // 2) for k in range(n_classes)]
     counts = np.array([int(n_max * (1 / imbalance) ** p) for p in power], dtype=np.int64)
     if counts.min() < 1:
-        raise UserError(f'Imbalance {imbalance} leaves class {counts.argmin()} without images; '
-                        f'use one below the largest class size, {n_max:g}.')
+        kept = f'use at most {n_max:g}, the images of the largest class' if n_max >= 2 else 'leave the imbalance out'
+        raise UserError(f'Imbalance {imbalance} leaves class {counts.argmin()} without images, as the largest would '
+                        f'have {n_max:g}, no more than the smallest class of the data has; {kept}.')
     return counts
 
 # %% ../../nbs/data/01_profile.ipynb #632b3551

@@ -186,10 +186,10 @@ def expert(
     net = train_only(expert_network(context, len(ids), number), s.learnable[i])
     stage = Stage(f'expert{number}', net, InstanceBalanced(part.labels.cpu(), seed=r.seed + number),
                   context.view(part, mixup_alpha=0.), lambda z, b: mixed_cross_entropy(z, b['y']),
-                  lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr), epochs=length,
-                  batch_size=min(s.expert_batches[i], len(part)), steps=r.max_steps, momentum=r.momentum,
-                  nesterov=r.nesterov, weight_decay=s.expert_weight_decay, seed=r.seed,
-                  set_mode=lambda n: expert_mode(n, s.frozen_bn))
+                  lr=lambda e: SCHEDULES[s.expert_schedules[i]](e, length, s.expert_lr),
+                  lr_field='expert_lr', epochs=length, batch_size=min(s.expert_batches[i], len(part)),
+                  steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
+                  weight_decay=s.expert_weight_decay, seed=r.seed, set_mode=lambda n: expert_mode(n, s.frozen_bn))
     stage.outputs = lambda: raw_logits(context, net) | dict(classes=torch.as_tensor(ids))
     return (keep_best(stage, context, expert_part(context.parts['val'], ids, 1, r.data_seed), s.patience)
             if s.protocol == 'V' else stage)
@@ -236,7 +236,7 @@ def calibration_stage(
     return Stage(name, net, InstanceBalanced(y.cpu().unique(return_inverse=True)[1], seed=seed),
                  lambda i, rng: {k: a[torch.as_tensor(i, device=y.device)] for k, a in data.items()},
                  lambda z, b: -(b['weight']*z.gather(1, b['y'][:, None])[:, 0]).mean(),
-                 lr=lambda e: SCHEDULES['thirds'](e, epochs, lr), epochs=epochs,
+                 lr=lambda e: SCHEDULES['thirds'](e, epochs, lr), epochs=epochs, lr_field='calibration_lr',
                  batch_size=min(batch_size, len(y)), weight_decay=5e-4, seed=seed, **more)
 
 def fusion_stage(

@@ -139,7 +139,7 @@ def flow_stage(
     n, size = len(play), min(s.flow_batch, len(play))
     steps = n//size if 0 < n % size < 32 else None      # a batch of a few rows has no good variance
     return Stage(
-        f'flow{d + 1}', network, sampler, view, loss, lr=lambda e: s.flow_lr, epochs=s.flow_epochs,
+        f'flow{d + 1}', network, sampler, view, loss, lr=lambda e: s.flow_lr, epochs=s.flow_epochs, lr_field='flow_lr',
         batch_size=size, momentum=0.0, steps=context.recipe.max_steps or steps, seed=seed,
         forward=lambda net, b: (net(b['plus']), net(b['minus'])), after_epoch=after,
         state=dict(balance=balance, best=best), predict=None,

@@ -234,6 +234,7 @@ def heads_stage(
         name, network, sampler, view,
         lambda z, b: level_loss(z, b['y'], plan.counts[b['level']], plan.smooth),
         lr=lambda e: plan.lr,
+        lr_field='head_lr',
         epochs=plan.epochs*len(sampler.levels),
         batch_size=min(plan.batch_size, len(sampler)),
         forward=lambda net, b: bank.heads[b['level']](b['x'], b['extra']),

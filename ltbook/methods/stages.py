@@ -131,7 +131,7 @@ def classifier_stage(
     return Stage(
         name, context.network, ClassAwareSampler(context.train.labels, seed=r.seed, n_draws=draws),
         context.view(mixup_alpha=0.), loss,
-        lr=lambda e: SCHEDULES['cosine'](e, epochs, lr),
+        lr=lambda e: SCHEDULES['cosine'](e, epochs, lr), lr_field='stage2_lr',
         epochs=epochs, batch_size=r.batch_size, steps=r.max_steps or steps, seed=r.seed,
         forward=frozen_features, groups=groups, set_mode=lambda net: classifier_mode(net, shift_bn),
         momentum=r.momentum, nesterov=r.nesterov, weight_decay=r.weight_decay)

@@ -31,7 +31,7 @@ def trained_stages(
         if stage is None: continue
         if not (run.path/f'{name}.safetensors').exists():
             raise UserError(f'The run {run.id} has no weights of {name} here (they are not kept in git). '
-                            f'Make them again with: {run.again}, and name that run.')
+                            f'Make them again, and name that run: {run.again}')
         read_stage(stage, run.path, context.compute)
         yield name, stage
 

@@ -71,7 +71,7 @@ class Reporter:
         "One line an epoch, where there is no live line."
         if self.status: return
         test = f'  test top-1 {row["test_top1"]:.3f}' if 'test_top1' in row else ''
-        print(
+        with suppress(BrokenPipeError): print(      # as of `| head`: the run goes on
             f'{row["stage"]}  epoch {row["epoch"] + 1:3d}  lr {row["lr"]:.4g}  loss '
             f'{row["loss"]:.3f}  {row["images_per_second"]:,.0f} images/s{test}',
             flush=True)

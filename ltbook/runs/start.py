@@ -59,7 +59,7 @@ def check_start(
     check_data(start.id, theirs.get('data'), context.fingerprint)
     if not source.exists():
         raise UserError(f'The run {start.id} has no weights of stage 1 here (they are not kept in git). '
-                        f'Make them again with: {start.again}, and name that run.')
+                        f'Make them again, and name that run: {start.again}')
 
 def copy_stage1(
     start: Run,  # where stage 1 was trained, see `check_start`

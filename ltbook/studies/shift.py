@@ -261,18 +261,18 @@ def cli_shift(
     table = shift(path, root, ratios, draws, seed, adapt, only, reference_rng, device, precision, report)
     folder = Path(path)/('shift-reference' if reference_rng else 'shift')
     shown = [a for a in MAIN_ANSWERS if a in set(table.answer)]
-    text, number = [], '{:.3f}'.format
+    text, number = [], '{:.1f}'.format
     if (table.setting == 'A').any():
         text = [
-            'Accuracy under label shift (fractions, all images of the shifted set)',
+            'Accuracy on test sets of a chosen imbalance (setting A), percent of all their images',
             '',
-            shift_lines(table).to_string(float_format=number)]
+            (100*shift_lines(table)).to_string(float_format=number)]
     if set(table.setting) == {'A', 'B'}:
         text += [
             '',
-            'Means, and the spread over the draws of setting B',
+            'Means, and the spread over test sets of drawn class frequencies (setting B), percent',
             '',
-            shift_summary(table).to_string(float_format=number)]
+            (100*shift_summary(table)).to_string(float_format=number)]
         with owned(Path(path)): _figure(folder/'shift.png', table, shown)
     return text + ['', f'Written to {folder}']
 

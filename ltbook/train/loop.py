@@ -30,6 +30,8 @@ def check_finite(
     stage: str,  # for the message
     epoch: int,  # for the message
     lr: float,  # for the message
+    field: str = 'lr',  # which setting of the recipe the rate comes from
+    precision: str = 'bf16',  # of the run: another one is only advised where there is one
 ) -> None:
     "Raise `NonFiniteLoss` naming the first bad batch."
     bad = (~losses.isfinite()).nonzero()
@@ -37,7 +39,8 @@ def check_finite(
         raise NonFiniteLoss(
             f'Loss is {losses[bad[0, 0]].item()} in {stage}, epoch {epoch + 1}, '
             f'batch {bad[0, 0].item() + 1}, learning rate {lr:g}. '
-            'Try a smaller lr (--set lr=...) or precision fp32.')
+            f'Try a smaller rate (--set {field}={lr / 10:g})'
+            f'{" or --precision fp32" if precision != "fp32" else ""}.')
 
 # %% ../../nbs/train/45_loop.ipynb #5e1f0a32
 def training_step(
@@ -79,7 +82,7 @@ def train_epoch(
         loss = step(loaded, lr) if step else training_step(stage, view.apply(loaded), lr, optimizer, compute)
         losses[i], images = loss, images + len(order[i*size:(i + 1)*size])
         if (i + 1) % look == 0 or i == n - 1:
-            check_finite(losses[:i + 1], stage.name, epoch, lr)
+            check_finite(losses[:i + 1], stage.name, epoch, lr, stage.lr_field, compute.precision)
             if on_step: on_step(images, losses[:i + 1].mean().item())
     return losses.mean().item(), images
 

@@ -48,6 +48,7 @@ class Stage:
     average: 'Average | None' = None  # of the weights: what is tested and saved instead of them
     steps: int | None = None  # cut an epoch after so many batches
     seed: int = 0  # of the views' generator
+    lr_field: str = 'lr'  # of the recipe, for advice where the loss isn't finite
     set_mode: Callable[[nn.Module], None] = nn.Module.train  # called at the start of every epoch
     before_epoch: Callable[[int], None] | None = None  # called with every epoch from 0, before its first batch
     # what else a batch has that doesn't depend on it: tensors on the CPU, of shapes that stay, and plain

@@ -15,6 +15,7 @@ import torch
 from .checks import UserError, check_name, one_of, printable
 from .fingerprint import copies_sentences, find_copies
 from .large import load_files
+from .lists import LARGE
 from .stores import ImageSet, read_h5, write_h5
 
 # %% ../../nbs/data/03_images.ipynb #13719399
@@ -196,8 +197,9 @@ def load_images(
     else:
         files = path.with_name(f'{name}.files.json')
         if name not in DATASETS and not path.is_file() and not files.is_file():
-            one_of(name, {*DATASETS, *own_sets(root)}, 'data set',
-                   f'Pictures of your own become one with: ltbook import FOLDER {shlex.quote(name)}')
+            words = f'import FOLDER {shlex.quote(name)}'
+            if name in LARGE: words = f'pack {name} --images FOLDER --lists FOLDER'
+            one_of(name, {*DATASETS, *own_sets(root)}, 'data set', f'Pictures become one with: ltbook {words}')
         if files.is_file() and not path.is_file(): train, test, attrs = load_files(files)
         else:
             if not path.is_file() and not _from_official(name, path): _download_cifar(name, path)

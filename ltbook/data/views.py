@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from .augment import JITTERS, blur, crop_flip, cutout, grey, mixup, normalize, pad_images, rotate, shrink
 from .auto_augment import AutoAugment
-from .checks import UserError
+from .checks import UserError, one_of
+from .resized import centre_crop, draw_crops, resized_crops
 from .stores import ImageSet
 
 # %% ../../nbs/data/09_views.ipynb #56c2548b
@@ -64,6 +65,18 @@ class View:
 
 class PlainView(View):
     "Positions -> normalised batch: x float32 (B, C, H, W) channels last, y int64 (B,); no chance at all."
+    def __init__(
+        self,
+        data: ImageSet,  # images and labels; the batches lie where they lie
+        side: int | None = None,  # of the central square that is used, pixels; None is the whole image
+    ):
+        super().__init__(data)
+        self.crop = side
+
+    def apply(self, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        "Normalise the images, or their centres. Raises `UserError` for images without such a centre."
+        pixels = centre_crop(loaded['pixels'], self.crop) if self.crop else loaded['pixels']
+        return super().apply(loaded | dict(pixels=pixels))
 
 # %% ../../nbs/data/09_views.ipynb #88661cd4
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class Augmentation:
     pad: int = 0  # crop padding, pixels
     flip: bool = False  # mirror half of the images?
     pad_mode: str = 'constant'  # see `pad_images`
+    crop: str = 'shift'  # a square that wanders, or "resized": a part of any size, see `ltbook.data.resized`
+    side: int | None = None  # of the crops, pixels; None is that of the images
     rotation: float = 0.  # largest angle to either side, degrees; 0 is no rotation
     jitter: float = 0.  # largest change of brightness, contrast and saturation, a part of 1; 0 is no jitter
     auto_augment: bool = False  # the CIFAR policy; square images of 1 or 3 channels
@@ -86,8 +101,11 @@ class TrainView(View):
         data: ImageSet,  # images and labels; the batches lie where they lie
         augmentation: Augmentation = Augmentation()):
         super().__init__(data)
-        self.augmentation, self.shape, self.size = augmentation, data.shape[:2], min(data.shape[:2])
-        a, channels = augmentation, data.shape[2]
+        a, channels, self.augmentation = augmentation, data.shape[2], augmentation
+        self.shape = (a.side, a.side) if a.side else data.shape[:2]
+        self.size, self.recordable = min(self.shape), a.crop == 'shift'
+        one_of(a.crop, ('shift', 'resized'), 'crop')
+        if a.crop == 'resized' and (a.pad or not a.side): raise UserError('crop=resized needs a side, and pad=0.')
         if a.mixup_alpha < 0: raise UserError(f'mixup_alpha must not be negative, got {a.mixup_alpha}.')
         if not 0 <= a.cutout_side <= self.size:
             raise UserError(f'cutout_side must lie between 0 and the image side {self.size}, got {a.cutout_side}.')
@@ -95,8 +113,12 @@ class TrainView(View):
             raise UserError(f'rotation must lie between 0 and 180 degrees, got {a.rotation}.')
         if not 0 <= a.jitter <= 1: raise UserError(f'jitter must lie between 0 and 1, got {a.jitter}.')
         padded = pad_images(torch.zeros(1, *data.shape, dtype=torch.uint8), a.pad, a.pad_mode)
-        self.slack = padded.shape[1] - data.shape[0]  # pixels that a crop may wander, either way
-        if a.auto_augment and data.shape[0] != data.shape[1]:
+        # pixels that a crop may wander, down and across
+        self.slack = [p - n for p, n in zip(padded.shape[1:3], self.shape)]
+        if a.side and a.side > min(data.shape[:2]):      # a test takes the centre, without padding
+            raise UserError(f'Images of {data.shape[0]} x {data.shape[1]} pixels are too small '
+                            f'for crops of {a.side}: choose a smaller side.')
+        if a.auto_augment and self.shape[0] != self.shape[1]:
             raise UserError(f'AutoAugment needs square images, not {data.shape[0]} x {data.shape[1]}: switch it off.')
         self.auto = AutoAugment(self.size, channels, self.device) if a.auto_augment else None
         self.side = self.size  # of the batches, pixels; may be set to less between epochs
@@ -109,8 +131,11 @@ class TrainView(View):
         "Draw everything random about a batch."
         a, b = self.augmentation, len(index)
         more = bool(a.rotation) + 3*bool(a.jitter) + 2*bool(self.auto)
-        rows = np.zeros((6 + more, b), dtype=np.int64)
-        rows[0:2] = rng.integers(self.slack + 1, size=(2, b))
+        rows, sized = np.zeros((6 + more, b), dtype=np.int64), {}
+        if a.crop == 'resized':
+            sized = dict(rectangles=torch.from_numpy(draw_crops(b, self.data.shape[:2], rng)))
+        elif self.slack[0] == self.slack[1]: rows[0:2] = rng.integers(self.slack[0] + 1, size=(2, b))
+        else: rows[0], rows[1] = (rng.integers(n + 1, size=b) for n in self.slack)
         if a.flip: rows[2] = rng.integers(2, size=b)
         if a.cutout_side:
             low, highs = -(a.cutout_side // 2), [max(n - a.cutout_side, 1) for n in self.shape]
@@ -123,7 +148,8 @@ class TrainView(View):
         if a.jitter:
             first = 6 + bool(a.rotation)
             rows[first:first + 3] = 1000 + rng.integers(-round(1000*a.jitter), round(1000*a.jitter) + 1, size=(3, b))
-        return super().plan(index) | dict(rows=torch.from_numpy(rows), lam=torch.tensor(lam, dtype=torch.float32))
+        drawn = dict(rows=torch.from_numpy(rows), lam=torch.tensor(lam, dtype=torch.float32))
+        return super().plan(index) | drawn | sized
 
     def apply(
         self,
@@ -133,7 +159,8 @@ class TrainView(View):
         a, pixels, y = self.augmentation, loaded['pixels'], loaded['y']
         top, left, flip, cut_top, cut_left, partner, *more = loaded['rows']
         each = torch.arange(len(pixels), device=pixels.device)
-        x = crop_flip(pad_images(pixels, a.pad, a.pad_mode), each, top, left, flip.bool(), self.shape)
+        if a.crop == 'resized': x = resized_crops(pixels, loaded['rectangles'], flip.bool(), self.size)
+        else: x = crop_flip(pad_images(pixels, a.pad, a.pad_mode), each, top, left, flip.bool(), self.shape)
         if a.rotation: x = rotate(x, more.pop(0) / 1000)
         if a.jitter: x = colour_jitter(x, torch.stack([more.pop(0) for _ in range(3)]) / 1000)
         if self.auto: x = self.auto(x, torch.stack(more))

@@ -21,7 +21,7 @@ from ..data.profile import LongTail, long_tail
 from ..data.sampling import InstanceBalanced
 from ..data.stores import ImageSet
 from ..losses.cross_entropy import mixed_cross_entropy
-from .method import Context, Method, Published, Settings, register
+from .method import PHOTOGRAPHS, Context, Method, Published, Settings, register
 from .stages import representation_stage
 from ..models.fusion import JointCalibration, check_logits
 from ..models.heads import HEADS
@@ -140,7 +140,7 @@ def keep_best(
     patience: int | None,  # epochs without a better one; None never stops
 ) -> Stage:  # the same
     "Keep the epoch with the best accuracy on `part`, and stop after `patience` epochs without a better one."
-    view = PlainView(part)
+    view = PlainView(part, context.recipe.side)
     def accuracy(): return (
         predict(stage.network, view, len(part))['logits'].argmax(1) == part.labels.cpu()).double().mean().item()
     best = KeepBest(stage.network, accuracy, patience)
@@ -277,8 +277,8 @@ STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lam
 _code, _ours = ('authors\' released code (GCPR 2020), values its script really uses',
                 'ltbook: carried over, as the paper has no such data')
 _large = dict(
-    protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256), weight_decay=5e-4,
-    epochs=100, schedule='cosine', generalist_patience=15, ratios=(16, 16, 16), learnable=(-1, 3, 1),
+    PHOTOGRAPHS, jitter=0.4, protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256),
+    weight_decay=5e-4, epochs=100, schedule='cosine', generalist_patience=15, ratios=(16, 16, 16), learnable=(-1, 3, 1),
     expert_epochs=(100, 100, 60), expert_schedules=('tens', 'tens', 'cosine'), calibration_batch=256)
 
 RECIPES = (

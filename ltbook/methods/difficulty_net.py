@@ -15,7 +15,8 @@ import numpy as np, torch
 from torch import Tensor, nn
 from ..data.checks import UserError
 from ..data.sampling import InstanceBalanced
-from .method import Context, Length, Method, NonNegative, Positive, Published, register
+from .method import (
+    PHOTOGRAPHS, Context, Length, Method, NonNegative, Positive, Published, register)
 from ltbook.methods.reweighting import (
     DEFAULTS, SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, check, meta_split,
     stage1_settings, stage2,
@@ -202,8 +203,9 @@ def _large(name, epochs, lr, schedule, width, weight_decay, backbone, **more) ->
         name, None,
         dict(epochs=epochs, lr=lr, schedule=schedule, weight_decay=weight_decay,
              backbone=backbone, head='cosine', width=width, bias=True, network_lr=1e-3,
-             n_meta=10, auto_augment=False, cutout_side=0, stage2_length='train', **more),
-        f'{SOURCE}, as far as a recipe can say it; needs a large-scale loader')
+             n_meta=10, auto_augment=False, cutout_side=0, jitter=0.4, stage2_length='train',
+             **PHOTOGRAPHS, **more),
+        f'{SOURCE}, as far as a recipe can say it')
 
 RECIPES = (
     *(replace(p, changes=p.changes | dict(network_lr=1e-3)) if p.dataset == 'digits' else p

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.checks import UserError
 from ..losses.dirichlet import DirichletPool, component_means, dirmixe_loss
 from .fast import fast_rows
-from .method import Context, Method, Published, get_method, recipe, register
+from .method import PHOTOGRAPHS, Context, Method, Published, get_method, recipe, register
 from .sade import EXPERTS, ExpertSettings, expert_stage
 from ..train.stage import Stage
 
@@ -88,12 +88,12 @@ dirmixe = register(Method(
             'imagenet_lt', None,
             _common | dict(
                 backbone='resnext50', epochs=180, batch_size=64, lr=0.025, schedule='cosine',
-                weight_decay=7e-4, power=1.6, penalty=1.0), _code),
+                weight_decay=7e-4, power=1.6, penalty=1.0, jitter=0.4, **PHOTOGRAPHS), _code),
         Published(
             'inaturalist2018', None,
             _common | dict(
                 backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4,
-                concentration=100_000.0, penalty=1.0), _code),
+                concentration=100_000.0, penalty=1.0, **PHOTOGRAPHS), _code),
         Published(
             'digits', None,
             _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from ..data.checks import UserError
 from ..data.features import FeatureSet, find_features, load_feature_data
-from ..data.images import data_root
+from ..data.images import data_root, own_sets
 from ..data.profile import LongTail
 from ..data.stores import RESERVED
 from .method import Context, standard_data, standard_network, standard_split
@@ -88,7 +88,7 @@ def dlsa_data(
     folder = data_root(root)/recipe.dataset
     if recipe.dataset not in RESERVED and find_features(folder):
         return load_feature_data(recipe.dataset, folder)
-    if recipe.backbone != 'resnet32':
+    if recipe.backbone != 'resnet32' and recipe.dataset not in own_sets(root):
         raise UserError(f'{recipe.dataset} is trained on features of a {recipe.backbone}: '
                         f'put feature_train.h5 and feature_test.h5 into {folder}.')
     return standard_data(recipe, root)

@@ -10,7 +10,7 @@ from typing import Literal
 from ..losses.smoothing import label_aware_smoothing, smoothing_strength
 from .fast import fast_rows
 from .method import (
-    Context, Length, Method, NonNegative, Positive, Published, Settings, register)
+    PHOTOGRAPHS, Context, Length, Method, NonNegative, Positive, Published, Settings, register)
 from .stages import classifier_stage, representation_stage
 from ..models.heads import ScaledHead
 from ..train.stage import Stage
@@ -76,9 +76,9 @@ def _large(name, epochs, weight_decay, head, tail, backbone):
     return Published(
         name, None,
         dict(backbone=backbone, epochs=epochs, batch_size=256, schedule='cosine',
-             weight_decay=weight_decay, mixup_alpha=0.2,
+             weight_decay=weight_decay, mixup_alpha=0.2, jitter=0.4, **PHOTOGRAPHS,
              smooth_head=head, smooth_tail=tail, head_lr_factor=0.05),
-        'MiSLAS, authors\' configuration files (CVPR 2021); needs a large-scale loader')
+        'MiSLAS, authors\' configuration files (CVPR 2021)')
 
 RECIPES = (
     _cifar('cifar10', 100, 0.3, 0.0, 0.5, False),

@@ -115,6 +115,9 @@ class Recipe(BaseModel):
     pad: Whole | None = _fact(None, stage1=True, since='0.3')  # of the random crop; None: the data set's
     pad_mode: Literal['constant', 'reflect', 'reflect+constant'] = _fact(
         'constant', stage1=True, since='0.3', was=_META)
+    crop: Literal['shift', 'resized'] = _fact('shift', stage1=True, since='0.4')  # see ltbook.data.resized
+    # of the squares a network sees, pixels; None is that of the images; tested is the centre
+    side: Annotated[int, Field(ge=8)] | None = _fact(None, stage1=True, since='0.4')
     flip: bool | None = _fact(None, stage1=True, since='0.3')  # mirror half of them; None: the data set's
     # largest angle to either side, degrees
     rotation: Annotated[float, Field(ge=0, le=180)] = _fact(0., stage1=True, since='0.3', was=_EXPERTS)
@@ -162,11 +165,8 @@ class Recipe(BaseModel):
     @field_validator('shot_rule', 'schedule', 'loss', 'backbone')
     @classmethod
     def _known_name(cls, v, info):
-        known = dict(
-            shot_rule=SHOT_RULES,
-            schedule=SCHEDULES,
-            loss=LOSSES,
-            backbone=(*BACKBONES, *DECLARED))[info.field_name]
+        backbones = (*BACKBONES, *DECLARED)
+        known = dict(shot_rule=SHOT_RULES, schedule=SCHEDULES, loss=LOSSES, backbone=backbones)[info.field_name]
         if v not in known: raise ValueError(f'choose from: {", ".join(known)}')
         return v
 

@@ -11,15 +11,15 @@ from dataclasses import replace
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from ..data.checks import UserError
+from ..data.checks import UserError, one_of
 from ..losses.experts import (
     ldam_margins, ride_loss, ride_temperature, sade_adjustment, skill_diverse_loss)
 from ..losses.reweighting import class_balanced_weights
 from .fast import fast_rows
-from .method import Context, Method, Published, Settings, register
+from .method import PHOTOGRAPHS, Context, Method, Published, Settings, register
 from .recipe import LOSS_FIELDS
 from .stages import representation_stage
-from ..models.expert_resnet import ExpertResNet32
+from ..models.backbones import EXPERT_BACKBONES
 from ..train.schedule import step_schedule
 from ..train.stage import Stage
 
@@ -32,11 +32,12 @@ class ExpertSettings(Settings):
 def expert_network(
     context: Context,  # recipe and data
 ) -> nn.Module:  # freshly initialised from the recipe's seed, without touching the global generator
-    "ResNet-32 with experts."
+    "A backbone with experts. Raises `UserError` for one that has none."
     r = context.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
-        return ExpertResNet32(
+        build = EXPERT_BACKBONES[one_of(r.backbone, EXPERT_BACKBONES, 'backbone with experts')]
+        return build(
             context.n_classes, context.train.shape[2], r.head, r.settings.n_experts, r.settings.reduced)
 
 def expert_stage(
@@ -68,10 +69,10 @@ def sade_stage(
 _cifar = dict(head='cosine', nesterov=True, weight_decay=5e-4)
 _imagenet = dict(
     head='cosine', nesterov=True, backbone='resnext50',
-    epochs=180, batch_size=64, lr=0.025, schedule='cosine')
+    epochs=180, batch_size=64, lr=0.025, schedule='cosine', **PHOTOGRAPHS | dict(jitter=0.4))
 _inaturalist = dict(
     head='cosine', nesterov=True, backbone='resnet50',
-    epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4)
+    epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4, **PHOTOGRAPHS)
 _code = "SADE, authors' configuration files (NeurIPS 2022)"
 
 EXPERTS = dict(      # what all methods with experts tell the registry

@@ -69,7 +69,8 @@ def stage1(
     stage.predict = None      # nothing is classified yet
     return stage
 
-OWN_VIEWS = ('pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha', 'first_side')
+OWN_VIEWS = (
+    'crop', 'side', 'pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha', 'first_side')
 
 supcon = register(Method(
     'supcon',

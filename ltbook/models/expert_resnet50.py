@@ -9,8 +9,8 @@ __all__ = ['ExpertResNet50']
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
-from ..data.checks import UserError
-from .heads import CosineHead
+from ..data.checks import UserError, one_of
+from .heads import HEADS
 
 # %% ../../nbs/models/19_expert_resnet50.ipynb #a338ec13
 class ExpertResNet50(nn.Module):
@@ -18,24 +18,30 @@ class ExpertResNet50(nn.Module):
     def __init__(
         self,
         n_classes: int,  # C
-        resnext: bool = False,  # 32 groups of base width 4
+        in_channels: int = 3,  # of the images
+        head: str = 'cosine',  # a name of ltbook.models.heads.HEADS
         n_experts: int = 3,  # K
+        reduced: bool = True,  # branches of 192 and 384 planes instead of 256 and 512
+        resnext: bool = False,  # 32 groups of base width 4
     ):
         super().__init__()
         if n_experts < 1: raise UserError(f'A network needs at least one expert, got n_experts = {n_experts}.')
         whole = ResNet(Bottleneck, [3, 4, 1, 1], groups=32 if resnext else 1, width_per_group=4 if resnext else 64)
+        if in_channels != 3: whole.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        middle, last = (192, 384) if reduced else (256, 512)
+        make_head = HEADS[one_of(head, HEADS, 'head')]
         self.trunk = nn.Sequential(whole.conv1, whole.bn1, whole.relu, whole.maxpool, whole.layer1, whole.layer2)
         def branch():
             whole.inplanes = 512
-            return nn.Sequential(whole._make_layer(Bottleneck, 192, 6, stride=2),
-                                 whole._make_layer(Bottleneck, 384, 3, stride=2))
-        self.n_features, self.branches = 1536, nn.ModuleList(branch() for _ in range(n_experts))
+            return nn.Sequential(whole._make_layer(Bottleneck, middle, 6, stride=2),
+                                 whole._make_layer(Bottleneck, last, 3, stride=2))
+        self.n_features, self.branches = 4*last, nn.ModuleList(branch() for _ in range(n_experts))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-        self.heads = nn.ModuleList(CosineHead(self.n_features, n_classes) for _ in range(n_experts))
+        self.heads = nn.ModuleList(make_head(self.n_features, n_classes) for _ in range(n_experts))
 
     def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, K, 1536) of images (B, 3, H, W), 224 pixels in the papers."
+        "Pooled features (B, K, d), d = 1536 where reduced, of images (B, in_channels, H, W), 224 pixels in the papers."
         x = self.trunk(x)
         return torch.stack([branch(x).mean((2, 3)) for branch in self.branches], 1)
 

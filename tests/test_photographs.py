@@ -1,0 +1,112 @@
+"Photographs as people have them: imported at any side, trained on with crops of any size, looked at again"
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from typer.testing import CliRunner
+
+from ltbook.cli.main import app
+from ltbook.data.checks import UserError
+from ltbook.methods.recipe import recipe
+from ltbook.runs.folder import load_run
+from ltbook.runs.run import make_context
+
+CLASSES = {'Größe 1': 14, '鳥': 9, 'a b': 6, "it's": 5, '-dash': 3}
+SMOKE = ['--profile', 'smoke', '--bare', '--device', 'cpu', '--set', 'batch_size=8']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Pieces of two photographs, a class a place in them, of many sizes, kinds and modes"
+    top, rng = tmp_path_factory.mktemp('people')/'My photographs', np.random.default_rng(0)
+    whole = [Image.fromarray(load_sample_image(n)) for n in ('china.jpg', 'flower.jpg')]
+    modes, ends = ('RGB', 'L', 'P', 'RGBA', 'CMYK', 'RGB', '1'), ('jpg', 'png', 'gif', 'png', 'jpg', 'webp', 'bmp')
+    kinds = [*zip(modes, ends)]
+    for k, (name, n) in enumerate(CLASSES.items()):
+        (top/name).mkdir(parents=True)
+        for i in range(n):
+            w, h = (int(v) for v in rng.integers(200, 260, 2))
+            left, top_ = 75*k + int(rng.integers(40)), int(rng.integers(150))
+            piece = whole[k % 2].crop((left, top_, left + w, top_ + h))
+            mode, end = kinds[i % len(kinds)]
+            piece.convert(mode).save(top/name/f'{i} ü.{end}')
+    return top
+
+
+@pytest.fixture(scope='module')
+def place(folder, tmp_path_factory):
+    "Where the sets `birds` of 64 and `large` of 232 pixels lie"
+    here = tmp_path_factory.mktemp('place')
+    for name, side in (('birds', 64), ('large', 232)):
+        done(here, 'import', str(folder), name, '--size', str(side), '--fit', 'crop', '--data-root', str(here/'data'))
+    return here
+
+
+def done(here, *words):
+    p = CliRunner().invoke(app, [*words], env=dict(COLUMNS='250', LTBOOK_DATA=str(here/'data')))
+    assert p.exit_code == 0, (words, p.output)
+    return p.output
+
+
+def train(here, method, data, *changes):
+    sets = [w for c in changes for w in ('--set', c)]
+    before = set((here/'runs').glob('*/*/*'))
+    done(here, 'run', method, data, '--out', str(here/'runs'), *SMOKE, *sets)
+    [path] = set((here/'runs').glob('*/*/*')) - before
+    return path
+
+
+SMALL = ('backbone=resnet10', 'crop=resized', 'side=48', 'jitter=0.4')
+METHODS = {
+    'mislas': SMALL,
+    'balanced_softmax': ('backbone=resnet18', 'side=48', 'auto_augment=true'),
+    'difficulty_net': (*SMALL, 'n_meta=1', 'auto_augment=false', 'cutout_side=0'),
+    'class_balanced_experts': (*SMALL, 'splits=quantile', 'ratios=[1,1,1]'),
+    'sade': ('backbone=resnet50', 'crop=resized', 'side=32'),
+    'dirmixe': ('backbone=resnext50', 'crop=resized', 'side=32')}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_learns_from_photographs(method, place):
+    run = load_run(train(place, method, 'birds', *METHODS[method]))
+    asked = dict(c.split('=') for c in METHODS[method])
+    assert run.recipe.backbone == asked['backbone'] and run.recipe.side == int(asked['side'])
+    assert np.isfinite(run.metrics['final']['nll']) and len(run.predictions['logits']) == len(run.predictions['labels'])
+    assert asked['backbone'] in json.loads((run.path/'recipe.json').read_text())['backbone']
+
+
+@pytest.mark.parametrize('data,side', [('birds', 48), ('large', 224)])
+def test_from_pictures_to_dlsa(data, side, place):
+    "run, show, eval, shift, features, dlsa on features"
+    run = train(place, 'crt', data, 'backbone=resnet10', 'crop=resized', f'side={side}', 'flip=true')
+    name = str(run.relative_to(place/'runs'))
+    out = ['--out', str(place/'runs')]
+    assert 'crt on' in done(place, 'show', name, *out)
+    again = done(place, 'eval', name, '--weights', *out)
+    assert f'{100*load_run(run).metrics["final"]["top1"]:.1f}' in again
+    assert 'setting A' in done(place, 'shift', name, '--ratios', '2', '--draws', '1', *out)
+    said = done(place, 'features', name, *out)
+    features = said.split('ltbook run dlsa ')[1].split()[0]
+    dlsa = load_run(train(place, 'dlsa', features))
+    assert dlsa.metrics['final']['top1'] >= 0 and dlsa.recipe.dataset == features
+
+
+def test_one_seed_gives_one_result(place, tmp_path):
+    "Crops of any size are drawn from the run's own generators"
+    first = load_run(train(place, 'cross_entropy', 'birds', *SMALL, 'epochs=2'))
+    done(place, 'run', 'cross_entropy', 'birds', '--out', str(tmp_path), *SMOKE, *[
+        w for c in (*SMALL, 'epochs=2') for w in ('--set', c)])
+    [path] = tmp_path.glob('*/*/*')
+    assert np.array_equal(first.predictions['logits'], load_run(path).predictions['logits'])
+
+
+@pytest.mark.parametrize('method,changes,words', [
+    ('sade', dict(backbone='resnet10'), 'backbone with experts'),
+    ('mislas', dict(backbone='resnet10', crop='resized'), 'needs a side'),
+    ('mislas', dict(backbone='resnet10', side=80), 'smaller side'),
+    ('mislas', dict(backbone='resnet152_frozen'), 'weights of ImageNet')])
+def test_what_cannot_be_is_said_before_training(method, changes, words, place):
+    r = recipe(method, 'birds', profile='smoke', **changes)
+    with pytest.raises(UserError, match=words): make_context(r, place/'data', 'cpu').view()

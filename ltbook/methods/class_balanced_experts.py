@@ -92,12 +92,12 @@ def experts_split(
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #6890a08b
 def train_only(
-    network: nn.Module,  # a ResNet-32; which parameters need a gradient is changed in place
-    learnable: int,  # -1 or 1..5
+    network: nn.Module,  # with `groups`; which parameters need a gradient is changed in place
+    learnable: int,  # -1, or 1 to two more than there are groups
 ) -> nn.Module:  # the same
     "Freeze all but the last units. Raises `UserError` for a depth there is not, warns for 2."
-    if learnable not in (-1, 1, 2, 3, 4, 5): raise UserError(
-        f'learnable is -1 (everything) or 1 to 5 units from the head on for this network, got {learnable}.')
+    if learnable not in (-1, *range(1, 3 + len(network.groups))): raise UserError(
+        f'learnable is -1 (everything) or 1 to {2 + len(network.groups)} units from the head on, got {learnable}.')
     if learnable == 2: warnings.warn(
         'This network has no further linear layer before its head: learnable=2 is the same as 1.', stacklevel=2)
     units = [network.head, *reversed(network.groups)][:max(1, learnable - 1)]

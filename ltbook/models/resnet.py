@@ -48,6 +48,11 @@ class ImageResNet(nn.Module):
         "Logits (B, K)."
         return self.head(self.features(x))
 
+    @property
+    def groups(self) -> list[nn.Module]:
+        "The four groups of blocks, in order."
+        return [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
+
     def backbone(self) -> list[nn.Module]:
         "Everything but the head, for freezing and for switching modes."
         return [self.body]

@@ -3,8 +3,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
+from torchvision.models import get_model
 from typer.testing import CliRunner
 
 from ltbook.cli.main import app
@@ -91,6 +94,33 @@ def test_from_pictures_to_dlsa(data, side, place):
     features = said.split('ltbook run dlsa ')[1].split()[0]
     dlsa = load_run(train(place, 'dlsa', features))
     assert dlsa.metrics['final']['top1'] >= 0 and dlsa.recipe.dataset == features
+
+
+def test_weights_of_a_file_are_where_a_run_starts(place):
+    "torchvision's names, other classes; the file is part of the run's data, and another one of its name is refused"
+    file = place/'data'/'weights'/'resnet18-x.pth'
+    file.parent.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    theirs = get_model('resnet18')
+    torch.save(theirs.state_dict(), file)
+    changes = ['backbone=resnet18', 'side=48', 'init=resnet18-x.pth', 'lr=1e-9']
+    run = load_run(train(place, 'cross_entropy', 'birds', *changes))
+    said = run.metrics['protocol']['init']
+    assert '100 of 100' in said[0] and 'starts anew' in said[1] and set(run.data) > {'train', 'test', 'init'}
+    ours = load_file(run.path/'stage1.safetensors')
+    assert torch.allclose(ours['body.layer4.1.conv2.weight'], theirs.state_dict()['layer4.1.conv2.weight'])
+    again = ['run', 'cross_entropy', 'birds', '--out', str(place/'runs'), *SMOKE, *[
+        w for c in changes for w in ('--set', c)]]
+    assert 'Nothing to train' in done(place, *again)
+    torch.save(get_model('resnet18').state_dict(), file)
+    env = dict(COLUMNS='250', LTBOOK_DATA=str(place/'data'))
+    p = CliRunner().invoke(app, again, env=env)
+    assert p.exit_code == 2 and 'init' in p.output and 'other data' in p.output
+    file.unlink()
+    assert CliRunner().invoke(app, [*again, '--seed', '1'], env=env).exit_code == 2
+    assert not [*(place/'runs').glob('*/*/1-*')]
+    out = ['--out', str(place/'runs')]
+    assert 'cross_entropy' in done(place, 'eval', str(run.path), '--weights', *out), 'it needs the file no more'
 
 
 def test_one_seed_gives_one_result(place, tmp_path):

@@ -81,8 +81,8 @@ def standard_data(
 ) -> ImageData:  # the whole data set
     "Images by name. Raises `UserError` for a recipe that is only declared."
     if recipe.backbone in DECLARED:
-        raise UserError(f'{recipe.dataset} with {recipe.backbone} is a declared recipe: it starts from weights '
-                        'of ImageNet, which ltbook cannot read yet. Choose one with --set backbone=resnet50.')
+        raise UserError(f'{recipe.dataset} with {recipe.backbone} is only declared: it trains the last block '
+                        'alone, from weights of ImageNet. Train all of it: --set backbone=resnet152 --set init=FILE')
     return load_images(recipe.dataset, root)
 
 # %% ../../nbs/methods/50_method.ipynb #bcd00566

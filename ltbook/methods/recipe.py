@@ -90,8 +90,7 @@ class Recipe(BaseModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = _fact(0.9, stage1=True)
     nesterov: bool = _fact(False, stage1=True)
     weight_decay: NonNegative = _fact(2e-4, stage1=True)  # on everything that trains
-    # radius of sharpness-aware minimisation; 0 is none
-    sam_rho: NonNegative = _fact(0., stage1=True, since='0.3')
+    sam_rho: NonNegative = _fact(0., stage1=True, since='0.3')  # radius of sharpness-aware minimisation; 0 is none
     # of the weights; what is tested and saved is the average
     average: Literal['none', 'ema', 'swa'] = _fact('none', stage1=True, since='0.3')
     average_decay: Share = _fact(0.999, stage1=True, since='0.3')  # of ema, a step
@@ -100,6 +99,7 @@ class Recipe(BaseModel):
     # the network
     backbone: str = _fact('resnet32', stage1=True)  # a name of ltbook.models.backbones.BACKBONES
     head: Literal['linear', 'cosine'] = _fact('linear', stage1=True)
+    init: str | None = _fact(None, stage1=True, since='0.4')  # file to start from, in the folder weights of the data
     # the loss, where the method does not fix it
     loss: str = _fact('cross_entropy', stage1=True, since='0.3', was=_META)  # name in losses.named.LOSSES
     focal_gamma: NonNegative = _fact(1.0, stage1=True, since='0.3', was=_META)

@@ -17,7 +17,7 @@ from .resnet_cifar import ResNet32
 # %% ../../nbs/models/121_backbones.ipynb #5ec0396f
 # name -> (number of classes, channels of the images, kind of head) -> network
 BACKBONES = dict(resnet32=ResNet32) | {name: partial(ImageResNet, name) for name in RESNETS}
-DECLARED = ('resnet152_frozen',)  # named by published recipes, not built here: it starts from weights of ImageNet
+DECLARED = ('resnet152_frozen',)  # named by published recipes, not built here: only its last block trains
 
 # the same with experts: (classes, channels, kind of head, experts, whether their branches are narrow) -> network
 EXPERT_BACKBONES = dict(

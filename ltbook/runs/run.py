@@ -19,9 +19,10 @@ from ..methods.method import Context, context_of, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, in_its_place, load_run, run_id
 from .keeping import (
-    begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, make_manifest, owned,
+    begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, initial_weights, make_manifest, owned,
     positions, read_manifest, recover, remove_left, still_owned, tidy)
 from ..methods.recipe import Recipe, changed, recipe
+from ..models.weights import start_from
 from .start import check_start, copy_stage1, recipe_from
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
@@ -44,7 +45,7 @@ def make_context(
         Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack))
     compute.use()
     context = context_of(recipe, recipe_data(recipe, root), compute)
-    context.fingerprint = fingerprints(context.info, context.parts)
+    context.fingerprint = fingerprints(context.info, context.parts) | initial_weights(recipe, root)[1]
     first = next(iter(method.stages_of(recipe).values()))(context)      # a batch larger than the set, say, shows here
     if recipe.first_side and not (first and first.before_epoch):
         raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')
@@ -203,6 +204,7 @@ def prepare(
         check_data(name, in_its_place(load_run(folder)).data, data_at_hand(recipe, root))
         return None
     context, noted = make_context(recipe, root, device, pack), read_manifest(folder)
+    if recipe.init: context.notes['init'] = start_from(context.network, initial_weights(recipe, root)[0])
     if noted:
         check_data(name, noted.get('data'), context.fingerprint)
         if positions(noted) != context.tail.sha256:
@@ -232,7 +234,9 @@ def run(
         if (folder/'done.json').exists():      # before, or by the process that was waited for
             check_data(run_id(recipe), load_run(folder).data, context.fingerprint)
             tidy(folder)
-        else: _run(context, folder, lambda: start or load_run(Path(out)/recipe.start), lock, report, on_step, say)
+        else:
+            for text in context.notes.get('init', ()): say(text)
+            _run(context, folder, lambda: start or load_run(Path(out)/recipe.start), lock, report, on_step, say)
     return folder
 
 def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report, on_step, say) -> None:

@@ -19,16 +19,17 @@ import ltbook.data.pack as packing
 from ltbook.cli.main import app
 from ltbook.data.checks import UserError
 from ltbook.data.files import FileStore, file_set
-from ltbook.data.images import ImageData, data_root
+from ltbook.data.images import ImageData, data_root, load_images
 from ltbook.data.large import pack_large, read_lists
 from ltbook.data.lists import ImageList, by_count, category_names, read_list, recognised
 from ltbook.data.pack import pack
 from ltbook.data.pictures import Reading
+from ltbook.data.profile import long_tail, long_tail_counts
 from ltbook.data.stores import ImageSet, read_h5, write_h5
 from ltbook.methods import method
 from ltbook.methods.recipe import recipe
 from ltbook.runs.folder import load_run
-from ltbook.runs.run import run
+from ltbook.runs.run import make_context, run
 
 sys.path.insert(0, str(Path(__file__).parent/'faults'))
 import disk
@@ -85,6 +86,43 @@ def test_the_same_weights_by_every_path(name, photographs, tmp_path, monkeypatch
         found[path] = {f'{p.name} {k}': v for p in done.glob('*.safetensors') for k, v in load_file(p).items()}
     first = found.pop('memory')
     assert first and all(torch.equal(first[k], other[k]) for other in found.values() for k in first)
+
+
+@pytest.mark.skipif(not (data_root()/'cifar100.h5').is_file(), reason='cifar100.h5 is not in the data folder')
+def test_cifar_as_files_gives_the_same_weights(tmp_path, monkeypatch):
+    """CIFAR-100-LT as PNG files with a list, as a packed file and in memory: the same images, batches and weights of
+    MiSLAS. A few steps on an eighth of it, or with LTBOOK_WHOLE=1 a whole epoch on all of it."""
+    whole, root, lists = os.environ.get('LTBOOK_WHOLE') == '1', tmp_path/'images', tmp_path/'lists'
+    real = load_images('cifar100')
+    train = real.train.subset(long_tail(real.train.labels, 100).indices)
+    test = real.test
+    if not whole:       # at least one image of every class
+        train, test = (p.subset(np.concatenate([np.flatnonzero(p.labels.numpy() == k)[::step] for k in range(100)]))
+                       for p, step in ((train, 8), (test, 50)))
+    lists.mkdir()
+    for part, data in dict(train=train, test=test).items():
+        (root/part).mkdir(parents=True)
+        pixels, lines = data.gather(torch.arange(len(data))).numpy(), []
+        for i, (x, k) in enumerate(zip(pixels, data.labels.tolist())):
+            Image.fromarray(x).save(root/part/f'{i}.png', compress_level=1)
+            lines.append(f'{part}/{i}.png {k}\n')
+        (lists/f'{part}.txt').write_text(''.join(lines))
+    found, sums = {}, set()
+    for path in ('memory', 'packed', 1, 2):
+        parts = (train, test) if path == 'memory' else by_path(path, (root, lists), tmp_path)
+        parts = [ImageSet(p.gather(torch.arange(len(p))) if path == 'memory' else p.store, p.labels, train.classes,
+                          mean=real.train.mean, std=real.train.std) for p in parts]
+        sums.add(tuple(p.sha256() for p in parts))
+        data = ImageData('cifar100', *parts, 4, True, None, '')
+        monkeypatch.setattr(method, 'load_images', lambda *a, **k: data)
+        r = recipe('mislas', 'as_files', profile='smoke', epochs=1, max_steps=None if whole else 4,
+                   **({} if whole else dict(batch_size=48)))
+        if whole: assert np.array_equal(make_context(r, device='cpu').trained_counts, long_tail_counts(500, 100, 100))
+        done = run(r, tmp_path/str(path), device='cpu', say=lambda text: None)
+        found[path] = {f'{p.name} {k}': v for p in done.glob('*.safetensors') for k, v in load_file(p).items()}
+    first = found.pop('memory')
+    assert len(sums) == 1 and first
+    assert all(torch.equal(first[k], other[k]) for other in found.values() for k in first)
 
 
 def packer(out, photographs, slowly=.02):

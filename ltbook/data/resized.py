@@ -9,7 +9,6 @@ __all__ = ['draw_crops', 'resized_crops', 'centre_crop']
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as V
 from .checks import UserError
 
 # %% ../../nbs/data/051_resized.ipynb #beaa3b7e
@@ -45,7 +44,8 @@ def resized_crops(
     side: int,  # of the squares, pixels
 ) -> Tensor:  # uint8 (B, C, side, side), channels last in memory
     "Cut each rectangle out, resize it (bilinear, antialiased) and mirror some of them."
-    out = [V.resized_crop(p.permute(2, 0, 1), *r, [side, side], antialias=True)
+    from torchvision.transforms.v2.functional import resized_crop      # here, as it takes a second
+    out = [resized_crop(p.permute(2, 0, 1), *r, [side, side], antialias=True)
            for p, r in zip(pixels, rectangles.T.tolist())]
     x = torch.stack(out)
     x = torch.where(flip[:, None, None, None], x.flip(3), x)

@@ -85,13 +85,13 @@ class Augmentation:
     pad: int = 0  # crop padding, pixels
     flip: bool = False  # mirror half of the images?
     pad_mode: str = 'constant'  # see `pad_images`
-    crop: str = 'shift'  # a square that wanders, or "resized": a part of any size, see `ltbook.data.resized`
-    side: int | None = None  # of the crops, pixels; None is that of the images
     rotation: float = 0.  # largest angle to either side, degrees; 0 is no rotation
     jitter: float = 0.  # largest change of brightness, contrast and saturation, a part of 1; 0 is no jitter
     auto_augment: bool = False  # the CIFAR policy; square images of 1 or 3 channels
     cutout_side: int = 0  # pixels, at most the shorter side; 0 is no cutout
     mixup_alpha: float = 0.  # of the Beta distribution; 0 is no mixup
+    crop: str = 'shift'  # a square that wanders, or "resized": a part of any size, see `ltbook.data.resized`
+    side: int | None = None  # of the crops, pixels; None is that of the images
 
 # %% ../../nbs/data/09_views.ipynb #b0681559
 class TrainView(View):

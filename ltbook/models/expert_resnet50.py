@@ -8,7 +8,6 @@ __all__ = ['ExpertResNet50']
 # %% ../../nbs/models/19_expert_resnet50.ipynb #e852b3ad
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 from ..data.checks import UserError, one_of
 from .heads import HEADS
 
@@ -24,6 +23,7 @@ class ExpertResNet50(nn.Module):
         reduced: bool = True,  # branches of 192 and 384 planes instead of 256 and 512
         resnext: bool = False,  # 32 groups of base width 4
     ):
+        from torchvision.models.resnet import Bottleneck, ResNet      # here, as it takes a second
         super().__init__()
         if n_experts < 1: raise UserError(f'A network needs at least one expert, got n_experts = {n_experts}.')
         whole = ResNet(Bottleneck, [3, 4, 1, 1], groups=32 if resnext else 1, width_per_group=4 if resnext else 64)

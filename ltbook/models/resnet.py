@@ -8,19 +8,18 @@ __all__ = ['RESNETS', 'ImageResNet']
 # %% ../../nbs/models/122_resnet.ipynb #15cd320c
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from ..data.checks import one_of
 from .heads import HEADS
 
 # %% ../../nbs/models/122_resnet.ipynb #f408250e
 # name -> kind of block, blocks of the four groups, groups of a convolution, width of a group
 RESNETS = dict(
-    resnet10=(BasicBlock, (1, 1, 1, 1), 1, 64),
-    resnet18=(BasicBlock, (2, 2, 2, 2), 1, 64),
-    resnet50=(Bottleneck, (3, 4, 6, 3), 1, 64),
-    resnet101=(Bottleneck, (3, 4, 23, 3), 1, 64),
-    resnet152=(Bottleneck, (3, 8, 36, 3), 1, 64),
-    resnext50=(Bottleneck, (3, 4, 6, 3), 32, 4))
+    resnet10=('BasicBlock', (1, 1, 1, 1), 1, 64),
+    resnet18=('BasicBlock', (2, 2, 2, 2), 1, 64),
+    resnet50=('Bottleneck', (3, 4, 6, 3), 1, 64),
+    resnet101=('Bottleneck', (3, 4, 23, 3), 1, 64),
+    resnet152=('Bottleneck', (3, 8, 36, 3), 1, 64),
+    resnext50=('Bottleneck', (3, 4, 6, 3), 32, 4))
 
 class ImageResNet(nn.Module):
     "A residual network for images of 64 pixels and more: backbone and head, kept apart. Raises `UserError` for names."
@@ -31,9 +30,11 @@ class ImageResNet(nn.Module):
         in_channels: int = 3,  # of the images
         head: str = 'linear',  # a key of `ltbook.models.heads.HEADS`
     ):
+        from torchvision.models import resnet      # here, as it takes a second
         super().__init__()
         block, depths, groups, width = RESNETS[one_of(name, RESNETS, 'network')]
-        self.body = ResNet(block, [*depths], num_classes=1, groups=groups, width_per_group=width)
+        block = getattr(resnet, block)
+        self.body = resnet.ResNet(block, [*depths], num_classes=1, groups=groups, width_per_group=width)
         self.n_features, self.body.fc = self.body.fc.in_features, nn.Identity()
         if in_channels != 3:
             self.body.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ltbook.data.checks import UserError
-from ltbook.data.images import data_root
+from ltbook.data.images import data_root, load_images
 from ltbook.cli.main import app
 from ltbook.runs.folder import find_runs, load_run, run_id
+from ltbook.methods import method
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.run import recipe_from, run
 from ltbook.train.files import write_json
@@ -286,9 +288,12 @@ def test_committed_runs_can_be_read():
         assert r.path.relative_to(ROOT/'outputs').as_posix() == r.id, 'the folder of a run is named by its recipe'
 
 
-def test_real_cifar_smoke(tmp_path):
-    "A few steps on the real thing"
+def test_real_cifar_smoke(tmp_path, monkeypatch):
+    "A few steps on the real thing, and a twentieth of the test images"
     if not (data_root()/'cifar100.h5').exists(): pytest.skip('cifar100.h5 is not in LTBOOK_DATA')
+    whole = load_images('cifar100')
+    some = replace(whole, test=whole.test.subset(np.arange(0, 10_000, 20)))
+    monkeypatch.setattr(method, 'load_images', lambda name, root: some)
     r = load_run(run(recipe('mislas', 'cifar100', 100, 'smoke'), tmp_path))
     counts = r.predictions['train_counts']
     assert (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .words import Device, Out, Root, app, console, parse_changes, print_table
-from ..data.checks import one_of
+from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/791_runs.ipynb #5f313fb6
 @app.command('list')
@@ -79,13 +79,23 @@ def run_(
     data_root: Root = None,
     out: Out = Path('outputs'),
     device: Device = 'auto',
+    processes: Annotated[
+        int, typer.Option(help='That share every batch; or start all of them with torchrun.')] = 1,
+    accumulate: Annotated[
+        int, typer.Option(help='Pieces of a batch that go through the network one after the other: less memory.')] = 1,
+    batchnorm: Annotated[str, typer.Option(help='Statistics of several processes: synced, or each its own.')] = 'synced',
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Train a method on a data set; go on with a run that was stopped."
     from ltbook.runs.folder import load_run, resolve_run, run_id
     from ltbook.runs.notebook import DEFAULTS, find_notebook, recipe_of, run_notebook
     from ltbook.runs.progress import Reporter
     from ltbook.runs.run import prepare, run
+    from ltbook.runs.several import Sharing
+    from ltbook.train.ranks import launched
 
+    sharing = Sharing(processes, accumulate, batchnorm)
+    if place := launched():      # by torchrun: the first one speaks
+        bare, console.quiet = True, place[0] > 0
     first = resolve_run(start, out) if start else None
     words = dict(
         method=method,
@@ -98,9 +108,15 @@ def run_(
         data_root=str(data_root) if data_root else None,
         out=str(out),
         device=device,
-        start=str(first.path) if first else None)
+        start=str(first.path) if first else None,
+        processes=processes,
+        accumulate=accumulate,
+        batchnorm=batchnorm)
     extra = parse_changes(changes or [])
     if seeds is not None:
+        if sharing != Sharing():
+            raise UserError('--seeds trains several runs side by side, --processes and --accumulate cut one up: '
+                            'give one of them.')
         from ltbook.studies.seeds import cli_seeds
 
         cli_seeds(seeds, words, extra, changes or [], bare, console)
@@ -110,7 +126,7 @@ def run_(
         words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
     folder = out / run_id(recipe)
-    prepare(recipe, out, data_root, device, first)  # mistakes show before a kernel starts
+    prepare(recipe, out, data_root, device, first, sharing=sharing)  # mistakes show before a kernel starts
     if notebook is None and not bare:
         console.print(
             'papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.'
@@ -119,10 +135,10 @@ def run_(
     if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
     with Reporter(console) as r:
         if notebook is None or (finished and (folder/'run.ipynb').exists()):
-            folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say)
+            folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say, sharing=sharing)
         else:
             run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)
-    show_run(load_run(folder))
+    if not (place and place[0]): show_run(load_run(folder))
 
 # %% ../../nbs/cli/791_runs.ipynb #47c41124
 def show_run(run) -> None:

@@ -36,6 +36,10 @@ class TwoViews(RandomViews):
         "Two views of each of these images."
         return super().plan(np.tile(index, 2), rng)
 
+    def part(self, plan: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+        "Both views of some of these images."
+        return super().part(plan, np.concatenate([rows, rows + len(plan['index'])//2]))
+
 # %% ../../nbs/methods/594_supcon.ipynb #4091f37d
 class SupConSettings(DecouplingSettings):
     "What contrastive features add to a recipe."

@@ -91,6 +91,7 @@ def environment(
 
 def open_session(
     folder: Path,  # of the run
+    sharing: dict | None = None,  # how batches are cut up, see `ltbook.runs.several`; JSON-able
 ) -> list[dict]:  # all sessions so far, this one last
     "Note that a run starts or goes on now, and with which code."
     file = folder/'sessions.json'
@@ -101,6 +102,7 @@ def open_session(
         started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         epochs_before=len(read_rows(folder/'history.csv')),
         captured=[],
+        **(dict(sharing=sharing) if sharing else {}),
         **git_state())
     write_json(file, dict(sessions=earlier + [now]))
     return earlier + [now]

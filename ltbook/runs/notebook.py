@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 import ltbook
 from ..data.checks import UserError
-from .folder import load_run, run_id
+from .folder import load_run, open_folder, run_id
 from ..methods.recipe import Recipe, recipe
 from .keeping import owned
-from .run import open_folder, recipe_from
+from .start import recipe_from
 from ..train.files import read_rows, write_atomic
 
 # %% ../../nbs/runs/66_notebook.ipynb #b055582d
@@ -47,7 +47,10 @@ WORDS = (
     'data_root',
     'out',
     'device',
-    'start')
+    'start',
+    'processes',
+    'accumulate',
+    'batchnorm')
 DEFAULTS = dict(dataset='digits', profile='short', seed=0)
 
 def recipe_of(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_context', 'stage_logits', 'read_stage', 'run_stage', 'stage_measures', 'best_on_test', 'collect_metrics',
-           'write_predictions', 'open_folder', 'begin_folder', 'prepare', 'run']
+           'write_predictions', 'begin_folder', 'prepare', 'run']
 
 # %% ../../nbs/runs/63_run.ipynb #255b74a1
 import json, time
@@ -17,13 +17,15 @@ from ..measure.calibration import calibration_bins, confidences
 from ..measure.report import measures, protocol
 from ..methods.method import Context, context_of, get_method, recipe_data
 from .environment import environment, note_captured, open_session
-from .folder import Run, in_its_place, load_run, run_id
+from .folder import Run, in_its_place, load_run, open_folder, run_id
 from .keeping import (
     begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, initial_weights, make_manifest, owned,
     positions, read_manifest, recover, remove_left, still_owned, tidy)
 from ..methods.recipe import Recipe, changed, recipe
 from ..models.weights import start_from
 from .start import check_start, copy_stage1, recipe_from
+from .several import Sharing, own_device, several
+from ..train import ranks
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
 from ..train.files import (
@@ -38,11 +40,13 @@ def make_context(
     root: str | Path | None = None,  # of the data, see `data_root`
     device: str = 'auto',  # see `find_device`
     pack: Pack | None = None,  # of runs whose captured steps are done together
+    sharing: Sharing = Sharing(),  # how a batch is cut up
 ) -> Context:  # data on the device, fresh network
     "Everything the stages of a run need. Raises `UserError` for what can't be run."
     method, compute = (
         get_method(recipe.method),
-        Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack))
+        Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack,
+                sharing.accumulate, sharing.batchnorm))
     compute.use()
     context = context_of(recipe, recipe_data(recipe, root), compute)
     context.fingerprint = fingerprints(context.info, context.parts) | initial_weights(recipe, root)[1]
@@ -161,19 +165,6 @@ def write_predictions(
     return write_atomic(path, write)
 
 # %% ../../nbs/runs/63_run.ipynb #483eb971
-def open_folder(
-    recipe: Recipe,  # written into it
-    out: str | Path,  # parent of all runs
-) -> Path:  # out/dataset/method/seed-hash
-    "Make the folder of a run. Raises `UserError` if it can't be made."
-    folder = Path(out)/run_id(recipe)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(
-            f'Cannot make the run folder under {out}: {e.strerror}. Choose another place with --out.') from None
-    return folder
-
 def begin_folder(
     recipe: Recipe,  # what runs
     folder: Path,  # its folder, owned by this process
@@ -197,13 +188,14 @@ def prepare(
     device: str = 'auto',  # see `find_device`
     start: Run | None = None,  # the run named in `recipe.start`
     pack: Pack | None = None,  # see `run`
+    sharing: Sharing = Sharing(),  # see `run`
 ) -> Context | None:  # for the stages; None for a run that is finished
     "Look for every mistake that can be found before a folder is touched. Raises `UserError`."
     name, folder = run_id(recipe), Path(out)/run_id(recipe)
     if (folder/'done.json').exists():
         check_data(name, in_its_place(load_run(folder)).data, data_at_hand(recipe, root))
         return None
-    context, noted = make_context(recipe, root, device, pack), read_manifest(folder)
+    context, noted = make_context(recipe, root, device, pack, sharing), read_manifest(folder)
     if recipe.init: context.notes['init'] = start_from(context.network, initial_weights(recipe, root)[0])
     if noted:
         check_data(name, noted.get('data'), context.fingerprint)
@@ -224,30 +216,43 @@ def run(
     on_step: Callable | None = None,  # called with (stage, epoch, images, loss)
     pack: Pack | None = None,  # of runs whose captured steps are done together; called from `together`
     say: Callable[[str], None] = print,  # told what a person should know: whom it waits for, what is damaged
+    sharing: Sharing = Sharing(),  # how a batch is cut up between processes and in time
 ) -> Path:  # folder of the finished run
     "Run a recipe, or go on with one that was stopped. Raises `UserError` before training, `NonFiniteLoss` during it."
-    context, folder = prepare(recipe, out, root, device, start, pack), Path(out)/run_id(recipe)
+    if place := ranks.launched():
+        device = own_device(device, place[2])
+        with ranks.joined(*place[:2], find_device(device)):
+            return run(recipe, out, root, device, start, report, on_step, pack, say, sharing)
+    context, folder = prepare(recipe, out, root, device, start, pack, sharing), Path(out)/run_id(recipe)
+    first = lambda: start or load_run(Path(out)/recipe.start)
+    if not ranks.first():
+        if ranks.told(True): _run(context, folder, first, None, None, None, say, sharing)
+        return folder
     if context is None:
+        ranks.told(False)
         clean_finished(folder, say)
         return folder
     with owned(open_folder(recipe, out), say) as lock:
         if (folder/'done.json').exists():      # before, or by the process that was waited for
             check_data(run_id(recipe), load_run(folder).data, context.fingerprint)
+            ranks.told(False)
             tidy(folder)
         else:
-            for text in context.notes.get('init', ()): say(text)
-            _run(context, folder, lambda: start or load_run(Path(out)/recipe.start), lock, report, on_step, say)
+            for text in (*context.notes.get('init', ()), sharing.sentence(recipe.batch_size)): text and say(text)
+            with several(recipe, out, root, device, sharing):
+                ranks.told(True)
+                _run(context, folder, first, lock, report, on_step, say, sharing)
     return folder
 
-def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report, on_step, say) -> None:
-    "All stages of a run in a folder that is owned."
-    recipe, began = context.recipe, time.perf_counter()
+def _begin(context: Context, folder: Path, start: Callable[[], Run], say, sharing: Sharing) -> list[dict]:
+    "Make a folder ready for the first stage that is missing; returns its sessions."
+    recipe = context.recipe
     begin_folder(recipe, folder, say)
     if recipe.precision == 'bf16' and imitates_bf16(context.compute.device):
         say(
             'This processor imitates bf16, about ten times slower than fp32: '
             'another run with --precision fp32 is quicker.')
-    sessions, noted = open_session(folder), read_manifest(folder)
+    sessions, noted = open_session(folder, sharing.about(recipe.batch_size)), read_manifest(folder)
     if noted is None and begun(folder):
         raise UserError(f'{folder} has lost its manifest.json, so nobody knows its data. '
                         'Remove the folder to run it from its start.')
@@ -256,12 +261,20 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
     if noted is None: write_json(folder/'manifest.json', noted := make_manifest(context))
     # another process may have begun it meanwhile
     check_data(run_id(recipe), noted.get('data'), context.fingerprint)
-    context.fingerprint = noted.get('data') or {}      # what it began with; runs older than fingerprints noted nothing
     if recipe.start and not (folder/'stage1.safetensors').exists():
         check_start(start(), context)
         copy_stage1(start(), folder)
+    return sessions
+
+def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report, on_step, say, sharing) -> None:
+    "All stages of a run in a folder that is owned."
+    recipe, began = context.recipe, time.perf_counter()
+    sessions = _begin(context, folder, start, say, sharing) if ranks.first() else []
+    ranks.told(True)      # the folder is ready
+    # what it began with; runs older than fingerprints noted nothing
+    context.fingerprint = read_manifest(folder).get('data') or {}
     def step(*about):
-        still_owned(lock)
+        if lock: still_owned(lock)
         if on_step: on_step(*about)
     for name, build in get_method(recipe.method).stages_of(recipe).items():
         stage = build(context)
@@ -270,11 +283,16 @@ def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report,
             note_captured(folder, sessions, name)
         run_stage(context, stage, folder, report, step, say)
         arrays = stage_logits(context, stage)
-        still_owned(lock)
+        if lock: still_owned(lock)
         if arrays: context.logits[name], context.selection[name] = arrays, stage.selection
+    if ranks.first(): _close(context, folder, lock, sessions, time.perf_counter() - began)
+    ranks.told(True)      # all is written
+
+def _close(context: Context, folder: Path, lock, sessions: list[dict], seconds: float) -> None:
+    "Write what a finished run has."
     rows = read_rows(folder/'history.csv')
     still_owned(lock)
     write_predictions(folder/'predictions.h5', context)
     write_json(folder/'metrics.json', collect_metrics(context, rows))
-    write_json(folder/'env.json', environment(recipe, context.compute, sessions, time.perf_counter() - began, rows))
-    close_list(folder, run_id(recipe))
+    write_json(folder/'env.json', environment(context.recipe, context.compute, sessions, seconds, rows))
+    close_list(folder, run_id(context.recipe))

@@ -22,10 +22,10 @@ from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import get_method, recipe_data
 from ..models.fusion import JointCalibration, check_logits
 from ..runs.evaluate import trained_stages
-from ..runs.folder import Run
+from ..runs.folder import Run, open_folder
 from ..runs.keeping import check_data, fingerprints, owned
 from ..methods.recipe import STAGE1_FIELDS, Recipe
-from ..runs.run import make_context, open_folder, stage_logits
+from ..runs.run import make_context, stage_logits
 from ..train.compute import Compute
 from ..train.files import checked, read_rows, write_atomic, write_rows
 from ..train.loop import fit

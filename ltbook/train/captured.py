@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.checks import UserError
 from .compute import Compute
 from .feed import planned
+from .ranks import here
 from .stage import Average, KeepBest, Stage
 
 # %% ../../nbs/train/401_captured_step.ipynb #b961b052
@@ -121,7 +122,8 @@ def can_capture(
      "`before_step` and, without `draw`, no state but best or averaged weights.")
     trusted = stage.draw is not None or all(isinstance(s, (KeepBest, Average)) for s in stage.state.values())
     return (
-        planned(stage.view)
+        here().count == 1      # several processes exchange gradients between backward pass and step
+        and planned(stage.view)
         and getattr(stage.view, 'recordable', True)
         and (stage.recordable or (stage.before_step is None and trusted)))
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
+from ..data.views import part_of
+from . import ranks
 
 # %% ../../nbs/train/431_feed.ipynb #04c2fb7e
 class FunctionView:
@@ -21,6 +23,8 @@ class FunctionView:
     ): self.function = function
 
     def plan(self, index: np.ndarray, rng: np.random.Generator | None = None) -> dict: return self.function(index, rng)
+
+    def part(self, plan: dict, rows: np.ndarray) -> dict: return part_of(plan, rows, len(plan['y']))
 
     def load(self, plan: dict) -> dict: return plan
 
@@ -46,11 +50,15 @@ def feed(
     rng: np.random.Generator | None = None,  # source of all chance
     steps: int | None = None,  # at most so many batches
     workers: int = 0,  # threads that load ahead; 0 loads when a batch is asked for
+    shared: bool = False,  # load only this rank's part of every batch, see `ltbook.train.ranks`
 ) -> Iterator[dict]:  # what the view loads, batch after batch, for its `apply`
-    "Plan and load batch after batch. The batches are the same with any number of workers."
+    "Plan and load batch after batch. The batches are the same with any number of workers, and of ranks."
     n = math.ceil(len(order)/batch_size)
     n = n if steps is None else min(n, steps)
-    plans = (view.plan(order[i*batch_size:(i + 1)*batch_size], rng) for i in range(n))
+    def mine(index):
+        whole, rows = view.plan(index, rng), ranks.part(len(index))
+        return view.part(whole, rows) if shared and len(rows) < len(index) else whole
+    plans = (mine(order[i*batch_size:(i + 1)*batch_size]) for i in range(n))
     if not workers:
         yield from map(view.load, plans)
         return

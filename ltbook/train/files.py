@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import nn
 from ..data.checks import UserError
 from ..data.fingerprint import file_stamp
+from .ranks import first
 
 # %% ../../nbs/train/44_files.ipynb #93f97361
 @lru_cache(maxsize=4096)
@@ -116,9 +117,10 @@ def write_atomic(
     path: Path,  # final name; its folder must exist
     write: Callable[[Path], None],  # writes the whole file under the name it is given
 ) -> Path:  # `path`
-    ("Write under another name, note the hash if the folder keeps a list, "
-     "rename. After an error the old file is untouched.")
+    ("Write under another name, note the hash if the folder keeps a list, rename. After an error the old file "
+     "is untouched. Of several ranks only the first writes.")
     path = Path(path)
+    if not first(): return path
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         write(part)

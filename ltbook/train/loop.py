@@ -18,6 +18,7 @@ from .captured import CapturedStep, captured_step
 from .compute import Compute, full
 from .feed import as_view, feed
 from .files import Damaged, load_state, read_rows, save_state, save_weights, write_rows
+from . import ranks
 from .stage import Stage
 
 # %% ../../nbs/train/45_loop.ipynb #f1d26dff
@@ -77,13 +78,17 @@ def train_epoch(
     losses, images = torch.zeros(n, device=compute.device), 0
     look = 1 if compute.device.type == 'cpu' else 50
     view = as_view(stage.view)
-    for i, loaded in enumerate(feed(view, order, size, rng, n, getattr(view, 'workers', 0))):
+    for i, loaded in enumerate(feed(view, order, size, rng, n, getattr(view, 'workers', 0), shared=True)):
         if compute.pack: compute.pack.check()
+        whole = len(order[i*size:(i + 1)*size])
+        ranks.weigh(whole)
         loss = step(loaded, lr) if step else training_step(stage, view.apply(loaded), lr, optimizer, compute)
-        losses[i], images = loss, images + len(order[i*size:(i + 1)*size])
+        losses[i], images = ranks.mean(ranks.here().weight*loss), images + whole
         if (i + 1) % look == 0 or i == n - 1:
             check_finite(losses[:i + 1], stage.name, epoch, lr, stage.lr_field, compute.precision)
             if on_step: on_step(images, losses[:i + 1].mean().item())
+    ranks.agree(stage.network.buffers())
+    if stage.average: ranks.agree(stage.average.values.values())
     return losses.mean().item(), images
 
 # %% ../../nbs/train/45_loop.ipynb #f421d652
@@ -107,10 +112,10 @@ def predict(
     modes = {m: m.training for m in network.modules()}
     network.eval()
     view = as_view(view)
-    batches = feed(view, np.arange(n), batch_size, workers=getattr(view, 'workers', 0))
+    batches = feed(view, ranks.part(n), batch_size, workers=getattr(view, 'workers', 0))
     with full_fp32(): parts = [outputs(network, view.apply(b)['x']) for b in batches]
     for m, mode in modes.items(): m.training = mode
-    return {k: full(torch.cat([p[k] for p in parts])).cpu() for k in parts[0]}
+    return {k: ranks.gathered(full(torch.cat([p[k] for p in parts])), n).cpu() for k in parts[0]}
 
 # %% ../../nbs/train/45_loop.ipynb #4817db5e
 def snapshot(
@@ -206,7 +211,7 @@ def finish(
         write_rows(folder/f'{stage.name}-{name}.csv', pd.DataFrame(values.numpy()).to_dict('records'))
     if stage.state: save_state(folder/f'{stage.name}.state.pt', {k: v.state_dict() for k, v in stage.state.items()})
     save_weights(folder/f'{stage.name}.safetensors', stage.network)
-    (folder/'training.pt').unlink(missing_ok=True)
+    if ranks.first(): (folder/'training.pt').unlink(missing_ok=True)
 
 # %% ../../nbs/train/45_loop.ipynb #02927bd9
 def fit(
@@ -255,4 +260,5 @@ def fit(
     if stage.at_end: stage.at_end()
     curves = {k: torch.stack(v) for k, v in curves.items()}
     if folder: finish(stage, folder, curves)
+    ranks.told(True)      # nobody goes on to the next stage before this one is written
     return [r for r in rows if r['stage'] == stage.name], curves

@@ -1,0 +1,214 @@
+"""Several processes for one run: the same numbers, one writer, and nothing lost with a process."""
+import copy, os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from ltbook.data.checks import UserError
+from ltbook.data.images import load_images
+from ltbook.data.views import Augmentation, TrainView
+from ltbook.methods.method import methods
+from ltbook.methods.recipe import recipe
+from ltbook.models.backbones import build_backbone
+from ltbook.runs.folder import load_run, run_id
+from ltbook.runs.run import make_context, run
+from ltbook.runs.several import Sharing
+from ltbook.train import ranks
+from ltbook.train.stage import pieces
+
+QUIET = dict(say=lambda text: None)
+LTBOOK = [sys.executable, '-m', 'ltbook']
+
+
+def in_ranks(tmp_path, body: str, count: int, **names) -> list:
+    "Run a function body in `count` processes (1: here alone) and return what each of them returns."
+    store = tmp_path/f'store{count}'
+    code = textwrap.dedent('''
+        import sys, torch
+        from ltbook.train import ranks
+        {body}
+        rank, count, store, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+        if count == 1: torch.save(work(), out)
+        else:
+            with ranks.joined(rank, count, torch.device('cpu'), store): torch.save(work(), out)
+        ''').replace('{body}', textwrap.dedent(body))
+    file = tmp_path/f'body{count}.py'
+    file.write_text(code)
+    outs = [tmp_path/f'{count}-{r}.pt' for r in range(count)]
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    all_ = [subprocess.Popen([sys.executable, file, str(r), str(count), store, o], env=env) for r, o in enumerate(outs)]
+    assert [p.wait(120) for p in all_] == [0]*count
+    return [torch.load(o) for o in outs]
+
+
+GRADIENTS = '''
+    from torch.nn import functional as F
+    from ltbook.models.backbones import build_backbone
+    def work():
+        torch.manual_seed(0)
+        net = build_backbone('resnet32', 7, 3, 'linear').double().train()
+        ranks.sync_batchnorm(net)
+        opt = torch.optim.SGD(net.parameters(), .1)
+        x, y = torch.randn(10, 3, 16, 16, dtype=torch.float64), torch.arange(10) % 7
+        for _ in range(2):
+            ranks.weigh(10)
+            mine = torch.from_numpy(ranks.part(10))
+            opt.zero_grad()
+            loss = ranks.here().weight*F.cross_entropy(net(x[mine]), y[mine])
+            loss.backward()
+            opt.step()
+        return dict(net.state_dict()) | dict(loss=ranks.mean(loss))
+'''
+
+
+def test_two_and_three_processes_step_as_one_does(tmp_path):
+    "In fp64, so that nothing but rounding is left: a ResNet-32 with BatchNorm, parts of 5, 5 and of 4, 3, 3 images."
+    (alone,) = in_ranks(tmp_path, GRADIENTS, 1)
+    for n in (2, 3):
+        shared = in_ranks(tmp_path, GRADIENTS, n)
+        for k, v in alone.items():
+            assert all(torch.equal(s[k], shared[0][k]) for s in shared), f'{k}: the ranks differ'
+            torch.testing.assert_close(shared[0][k], v, atol=1e-9, rtol=1e-9, msg=lambda m: f'{n} ranks, {k}: {m}')
+
+
+def test_parts_make_the_whole_and_are_never_empty():
+    try:
+        for count in (2, 3, 5):
+            for n in (1, 2, 2*count - 1, 2*count, 7*count + 1):
+                parts, weights = [], []
+                for r in range(count):
+                    ranks._here.append(ranks.Ranks(r, count))
+                    ranks.weigh(n)
+                    parts.append(ranks.part(n)); weights.append(ranks.here().weight)
+                    ranks._here.pop()
+                if n < 2*count: assert all(p.tolist() == list(range(n)) for p in parts) and weights == [1.]*count
+                else:
+                    assert np.concatenate(parts).tolist() == list(range(n)) and min(map(len, parts)) >= 2
+                    assert np.allclose(weights, [len(p)*count/n for p in parts]) and np.isclose(np.mean(weights), 1)
+    finally: del ranks._here[1:]
+
+
+@pytest.mark.parametrize('more', [dict(), dict(mixup_alpha=1.), dict(cutout_side=3, rotation=5., jitter=.2)])
+def test_a_part_of_a_plan_is_the_plan_of_a_part(more):
+    data = load_images('digits').train
+    view, index = TrainView(data, Augmentation(1, True, **more)), np.arange(20, 33)
+    plan = view.plan(index, np.random.default_rng(3))
+    whole = view.apply(view.load(plan))
+    parts = [view.apply(view.load(view.part(plan, rows))) for rows in np.array_split(np.arange(13), 3)]
+    assert torch.equal(torch.cat([p['y'] for p in parts]), whole['y'])
+    if 'mixup_alpha' not in more: assert torch.equal(torch.cat([p['x'] for p in parts]), whole['x'])
+    else:      # partners come from the part itself, each once
+        for p in parts: assert sorted(p['y_mix'].tolist()) == sorted(p['y'].tolist()) and p['lam'] == whole['lam']
+
+
+def test_pieces_add_up_to_the_gradient_of_the_batch():
+    torch.manual_seed(0)
+    net, x, y = torch.nn.Linear(5, 3).double(), torch.randn(11, 5).double(), torch.arange(11) % 3
+    F.cross_entropy(net(x), y).backward()
+    want, net.weight.grad = net.weight.grad, None
+    cut = list(pieces(dict(x=x, y=y, lam=torch.tensor(.5)), 4))
+    for share, b in cut: (share*F.cross_entropy(net(b['x']), b['y'])).backward()
+    assert [len(b['y']) for _, b in cut] == [3, 3, 3, 2] and all(b['lam'] == .5 for _, b in cut)
+    torch.testing.assert_close(net.weight.grad, want)
+    assert [s for s, _ in pieces(dict(y=y[:3]), 4)] == [1.0]      # no piece of one image, for BatchNorm
+
+
+def test_accumulating_takes_the_same_steps_where_nothing_looks_at_a_whole_batch(tmp_path):
+    "A step of a network whose BatchNorm is in eval mode; in train mode every piece is normalised by itself."
+    def after(accumulate):
+        c = make_context(recipe('cross_entropy', profile='smoke'), device='cpu', sharing=Sharing(accumulate=accumulate))
+        stage = c_stage(c)
+        optimizer = stage.optimizer()
+        for g in optimizer.param_groups: g['lr'] = .1
+        stage.network.eval()
+        stage.update(stage.view(np.arange(30), np.random.default_rng(0)), optimizer, c.compute)
+        return torch.cat([p.detach().reshape(-1) for p in stage.network.parameters()])
+    from ltbook.methods.method import get_method
+    c_stage = get_method('cross_entropy').stages['stage1']
+    torch.testing.assert_close(after(1), after(5), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(after(1), torch.zeros(()))
+
+
+@pytest.mark.parametrize('bad', [['--processes', '0'], ['--accumulate', '-1'], ['--batchnorm', 'none'],
+                                 ['--processes', '2', '--seeds', '0,1']])
+def test_mistakes_have_a_sentence(tmp_path, bad):
+    done = subprocess.run([*LTBOOK, 'run', 'cross_entropy', 'digits', '--profile', 'smoke', *bad, '--out', tmp_path],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('Error: ') and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('method', ['mislas', 'difficulty_net', 'dirmixe', 'class_balanced_experts', 'supcon'])
+def test_methods_run_with_two_processes(tmp_path, method):
+    "Every kind of stage: two stages, a meta step with an optimizer of its own, experts, two views of an image."
+    r = recipe(method, profile='smoke')
+    result = load_run(run(r, tmp_path, sharing=Sharing(2), **QUIET))
+    alone = load_run(run(r, tmp_path/'alone', **QUIET))
+    assert result.stages == alone.stages and result.id == alone.id
+    assert sorted(p.name for p in result.path.iterdir()) == sorted(p.name for p in alone.path.iterdir())
+    assert result.env['sessions'][0]['sharing']['processes'] == 2
+    assert np.isfinite(result.predictions['logits']).all()
+    assert np.array_equal(result.predictions['labels'], alone.predictions['labels'])
+
+
+def begin(tmp_path, *words):
+    return subprocess.Popen(
+        [*LTBOOK, 'run', 'mislas', 'digits', '--epochs', '3', '--set', 'stage2_epochs=1', '--bare', '--out', tmp_path,
+         *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def helpers_of(pid: int) -> list[int]:
+    return [int(p.name) for p in Path('/proc').iterdir() if p.name.isdigit() and (p/'stat').exists()
+            and (p/'stat').read_text().rsplit(')', 1)[1].split()[1] == str(pid)]
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
+@pytest.mark.parametrize('whom', ['helper', 'first'])
+def test_a_lost_process_ends_all_and_the_same_command_goes_on(tmp_path, whom):
+    words = ['--processes', '2']
+    r = recipe('mislas', epochs=3, stage2_epochs=1)
+    p, history = begin(tmp_path/'a', *words), tmp_path/'a'/run_id(r)/'history.csv'
+    until = time.monotonic() + 90
+    while not history.exists() and time.monotonic() < until: time.sleep(.02)
+    (helper,) = helpers_of(p.pid)
+    os.kill(helper if whom == 'helper' else p.pid, signal.SIGKILL)
+    _, err = p.communicate(timeout=60)
+    if whom == 'helper':
+        assert p.returncode == 2, err
+        assert err.startswith('Error: Process 2 of the 2 of this run was lost') and err.count('\n') == 1
+    until = time.monotonic() + 60
+    while Path(f'/proc/{helper}').exists() and time.monotonic() < until: time.sleep(.05)
+    assert not Path(f'/proc/{helper}').exists(), 'a helper outlives its run'
+    assert not (history.parent/'done.json').exists()
+    again = begin(tmp_path/'a', *words)
+    assert again.wait(120) == 0
+    whole = begin(tmp_path/'b', *words)
+    assert whole.wait(120) == 0
+    a, b = (load_run(tmp_path/x/run_id(r)) for x in 'ab')
+    assert a.metrics == b.metrics and len(a.env['sessions']) == 2
+    for s in ('stage1', 'stage2'):
+        mine, theirs = (load_file(x.path/f'{s}.safetensors') for x in (a, b))
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    class Stop(Exception): pass
+    def stop(row): raise Stop
+    r = recipe('balanced_softmax', epochs=2, max_steps=2)
+    with pytest.raises(Stop): run(r, tmp_path, report=stop, **QUIET)
+    result = load_run(run(r, tmp_path, sharing=Sharing(2), **QUIET))
+    sessions = result.env['sessions']
+    assert [s['epochs_before'] for s in sessions] == [0, 1]
+    assert [s['sharing']['processes'] for s in sessions] == [1, 2] and len(result.history) == 2
+
+
+def test_torchrun_gives_the_same_run(tmp_path):
+    words = ['mislas', 'digits', '--profile', 'smoke', '--out']
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--rdzv-backend', 'c10d',
+         '--rdzv-endpoint', 'localhost:0', '-m', 'ltbook', 'run', *words, tmp_path/'a'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('top-1') == 1      # one of them speaks
+    r = recipe('mislas', profile='smoke')
+    run(r, tmp_path/'b', sharing=Sharing(2), **QUIET)
+    a, b = (load_file(tmp_path/x/run_id(r)/'stage2.safetensors') for x in 'ab')
+    assert all(torch.equal(a[k], b[k]) for k in a)

@@ -83,7 +83,8 @@ def run_(
         int, typer.Option(help='That share every batch; or start all of them with torchrun.')] = 1,
     accumulate: Annotated[
         int, typer.Option(help='Pieces of a batch that go through the network one after the other: less memory.')] = 1,
-    batchnorm: Annotated[str, typer.Option(help='Statistics of several processes: synced, or each its own.')] = 'synced',
+    batchnorm: Annotated[
+        str, typer.Option(help='Statistics of several processes: synced, or each its own.')] = 'synced',
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Train a method on a data set; go on with a run that was stopped."
     from ltbook.runs.folder import load_run, resolve_run, run_id

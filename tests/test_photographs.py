@@ -1,5 +1,6 @@
 "Photographs as people have them: imported at any side, trained on with crops of any size, looked at again"
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 from ltbook.cli.main import app
 from ltbook.data.checks import UserError
 from ltbook.methods.recipe import recipe
+from ltbook.models.backbones import BACKBONES
+from ltbook.models.resnet import FrozenResNet
 from ltbook.runs.folder import load_run
 from ltbook.runs.run import make_context
 
@@ -123,6 +126,24 @@ def test_weights_of_a_file_are_where_a_run_starts(place):
     assert 'cross_entropy' in done(place, 'eval', str(run.path), '--weights', *out), 'it needs the file no more'
 
 
+def test_a_frozen_body_stays_what_the_file_says(place, monkeypatch):
+    "MiSLAS with a network of which the last block trains: mixup, then smoothing with shifted BatchNorm of that block"
+    monkeypatch.setitem(BACKBONES, 'resnet50_frozen', partial(FrozenResNet, 'resnet50'))
+    torch.manual_seed(1)
+    theirs = get_model('resnet50').state_dict()
+    (place/'data'/'weights').mkdir(exist_ok=True)
+    torch.save(theirs, place/'data'/'weights'/'resnet50-x.pth')
+    run = load_run(train(place, 'mislas', 'birds', 'backbone=resnet50_frozen', 'side=48', 'init=resnet50-x.pth',
+                         'shift_bn=true', 'batch_size=8'))
+    assert 'starts anew' in run.metrics['protocol']['init'][-1]
+    one, two = (load_file(run.path/f'stage{i}.safetensors') for i in (1, 2))
+    body = [k for k in one if k.startswith('body.')]
+    assert len(body) > 250 and all(
+        torch.equal(w[k], theirs[k.removeprefix('body.')]) for w in (one, two) for k in body)
+    assert not torch.equal(one['block.bn1.running_mean'], two['block.bn1.running_mean'])      # shifted
+    assert torch.equal(one['block.conv1.weight'], two['block.conv1.weight'])
+
+
 def test_one_seed_gives_one_result(place, tmp_path):
     "Crops of any size are drawn from the run's own generators"
     first = load_run(train(place, 'cross_entropy', 'birds', *SMALL, 'epochs=2'))
@@ -133,7 +154,7 @@ def test_one_seed_gives_one_result(place, tmp_path):
 
 
 @pytest.mark.parametrize('method,changes,words', [
-    ('sade', dict(backbone='resnet10'), 'backbone with experts'),
+    ('sade', dict(backbone='resnet18'), 'backbone with experts'),
     ('mislas', dict(backbone='resnet10', crop='resized'), 'needs a side'),
     ('mislas', dict(backbone='resnet10', side=80), 'smaller side'),
     ('mislas', dict(backbone='resnet152_frozen'), 'weights of ImageNet')])

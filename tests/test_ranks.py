@@ -94,7 +94,7 @@ def test_a_part_of_a_plan_is_the_plan_of_a_part(more):
     view, index = TrainView(data, Augmentation(1, True, **more)), np.arange(20, 33)
     plan = view.plan(index, np.random.default_rng(3))
     whole = view.apply(view.load(plan))
-    parts = [view.apply(view.load(view.part(plan, rows))) for rows in np.array_split(np.arange(13), 3)]
+    parts = [view.apply(view.load(view.part(plan, rows, 13))) for rows in np.array_split(np.arange(13), 3)]
     assert torch.equal(torch.cat([p['y'] for p in parts]), whole['y'])
     if 'mixup_alpha' not in more: assert torch.equal(torch.cat([p['x'] for p in parts]), whole['x'])
     else:      # partners come from the part itself, each once

@@ -112,7 +112,7 @@ def pack_(
     name: Annotated[str, typer.Argument(help='imagenet_lt, places_lt, inaturalist2018, or a name of your own.')],
     images: Annotated[Path, typer.Option(help='Folder that the lists are relative to.')],
     lists: Annotated[Path, typer.Option(help='Folder of the lists; train.txt and test.txt for a set of your own.')],
-    size: Annotated[int, typer.Option(help='Side of the square images.')] = 256,
+    size: Annotated[int, typer.Option('--size', '--side', help='Of the square images, pixels.')] = 256,
     fit: Annotated[str, typer.Option(help='crop, letterbox or squash.')] = 'crop',
     background: Annotated[str, typer.Option(help='Colour behind transparent pixels and letterboxes.')] = 'white',
     workers: Annotated[Optional[int], typer.Option(help='Threads that decode; default one a core.')] = None,
@@ -147,7 +147,7 @@ def import_(
     folder: Annotated[
         Path, typer.Argument(help='A folder of class folders, or one with train/ and test/ or val/.')],
     name: Annotated[str, typer.Argument(help='Name of the data set.')],
-    size: Annotated[int, typer.Option(help='Side of the square images.')] = 32,
+    size: Annotated[int, typer.Option('--size', '--side', help='Of the square images, pixels.')] = 32,
     test_fraction: Annotated[float, typer.Option(help='Of every class, where there is no test/ folder.')] = 0.2,
     fit: Annotated[
         Optional[str], typer.Option(help='For pictures that are not square: crop, letterbox, squash.')] = None,

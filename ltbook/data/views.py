@@ -45,9 +45,10 @@ class View:
         self,
         plan: dict[str, Tensor],  # from `plan`
         rows: np.ndarray,  # int (b,), positions within the batch
+        n: int,  # images of the whole batch
     ) -> dict[str, Tensor]:  # the plan of a smaller batch
         "What was planned for a part of the images."
-        return part_of(plan, rows, len(plan['index']))
+        return part_of(plan, rows, n)
 
     def load(
         self,
@@ -168,9 +169,9 @@ class TrainView(View):
         drawn = dict(rows=torch.from_numpy(rows), lam=torch.tensor(lam, dtype=torch.float32))
         return super().plan(index) | drawn | sized
 
-    def part(self, plan: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+    def part(self, plan: dict[str, Tensor], rows: np.ndarray, n: int) -> dict[str, Tensor]:
         "What was planned for a part of the images; partners of mixup are found within it."
-        n, drawn = len(plan['index']), plan['rows'][:, torch.from_numpy(rows)]
+        drawn = plan['rows'][:, torch.from_numpy(rows)]
         # the order of a part of a random permutation is a random permutation
         drawn[5] = drawn[5].argsort().argsort() if self.augmentation.mixup_alpha else 0
         return part_of({k: v for k, v in plan.items() if k != 'rows'}, rows, n) | dict(rows=drawn)

@@ -19,7 +19,7 @@ from ..data.stores import ImageSet
 from ..data.views import Augmentation, PlainView, TrainView
 from .recipe import Length, NonNegative, Positive, Published, Recipe, Settings, recipe
 from .registry import get_method, import_methods, methods, register
-from ..models.backbones import DECLARED, build_backbone
+from ..models.backbones import FROZEN, build_backbone
 from ..train.compute import Compute
 from ..train.stage import Stage
 
@@ -79,10 +79,10 @@ def standard_data(
     recipe,  # with dataset and backbone
     root,  # of the data, see `data_root`; None is the default
 ) -> ImageData:  # the whole data set
-    "Images by name. Raises `UserError` for a recipe that is only declared."
-    if recipe.backbone in DECLARED:
-        raise UserError(f'{recipe.dataset} with {recipe.backbone} is only declared: it trains the last block '
-                        'alone, from weights of ImageNet. Train all of it: --set backbone=resnet152 --set init=FILE')
+    "Images by name. Raises `UserError` for a frozen backbone without weights."
+    if recipe.backbone in FROZEN and recipe.init is None:
+        raise UserError(f'{recipe.backbone} trains its last block alone, on top of weights of ImageNet: put a file of '
+                        'them into the folder weights of the data and add --set init=FILE')
     return load_images(recipe.dataset, root)
 
 # %% ../../nbs/methods/50_method.ipynb #bcd00566

@@ -22,7 +22,7 @@ from ..losses.named import LOSSES
 from .fast import FAST
 from .spelling import spelt
 from .registry import get_method, methods
-from ..models.backbones import BACKBONES, DECLARED
+from ..models.backbones import BACKBONES
 from ..train.schedule import SCHEDULES
 
 # %% ../../nbs/methods/501_recipe.ipynb #7ba6d10f
@@ -165,8 +165,7 @@ class Recipe(BaseModel):
     @field_validator('shot_rule', 'schedule', 'loss', 'backbone')
     @classmethod
     def _known_name(cls, v, info):
-        backbones = (*BACKBONES, *DECLARED)
-        known = dict(shot_rule=SHOT_RULES, schedule=SCHEDULES, loss=LOSSES, backbone=backbones)[info.field_name]
+        known = dict(shot_rule=SHOT_RULES, schedule=SCHEDULES, loss=LOSSES, backbone=BACKBONES)[info.field_name]
         if v not in known: raise ValueError(f'choose from: {", ".join(known)}')
         return v
 

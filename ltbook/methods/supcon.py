@@ -36,9 +36,9 @@ class TwoViews(RandomViews):
         "Two views of each of these images."
         return super().plan(np.tile(index, 2), rng)
 
-    def part(self, plan: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+    def part(self, plan: dict[str, Tensor], rows: np.ndarray, n: int) -> dict[str, Tensor]:
         "Both views of some of these images."
-        return super().part(plan, np.concatenate([rows, rows + len(plan['index'])//2]))
+        return super().part(plan, np.concatenate([rows, rows + n]), 2*n)
 
 # %% ../../nbs/methods/594_supcon.ipynb #4091f37d
 class SupConSettings(DecouplingSettings):

@@ -24,7 +24,7 @@ class FunctionView:
 
     def plan(self, index: np.ndarray, rng: np.random.Generator | None = None) -> dict: return self.function(index, rng)
 
-    def part(self, plan: dict, rows: np.ndarray) -> dict: return part_of(plan, rows, len(plan['y']))
+    def part(self, plan: dict, rows: np.ndarray, n: int) -> dict: return part_of(plan, rows, n)
 
     def load(self, plan: dict) -> dict: return plan
 
@@ -57,7 +57,7 @@ def feed(
     n = n if steps is None else min(n, steps)
     def mine(index):
         whole, rows = view.plan(index, rng), ranks.part(len(index))
-        return view.part(whole, rows) if shared and len(rows) < len(index) else whole
+        return view.part(whole, rows, len(index)) if shared and len(rows) < len(index) else whole
     plans = (mine(order[i*batch_size:(i + 1)*batch_size]) for i in range(n))
     if not workers:
         yield from map(view.load, plans)

@@ -29,11 +29,11 @@ def plain_forward(
 
 # %% ../../nbs/train/43_stage.ipynb #d0200515
 def pieces(
-    batch: dict,  # with `y` (B,); tensors (B, ...) are cut, the rest goes with every piece
+    batch: dict,  # tensors (B, ...) are cut, the rest goes with every piece; without `y` (B,) it stays whole
     count: int,  # at most so many, of two samples at least
 ) -> Iterator[tuple[float, dict]]:  # share of the samples, batch
     "A batch in pieces of nearly equal size, for networks that have no room for all of it."
-    n = len(batch['y']) if count > 1 else 1
+    n = len(batch['y']) if count > 1 and 'y' in batch else 1
     count = min(count, n//2)
     if count < 2:
         yield 1.0, batch

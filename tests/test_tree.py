@@ -92,7 +92,8 @@ def test_from_pictures_to_results(layout, pictures, tmp_path):
         where = ['--out', tmp_path/'runs'/str(processes)]
         sets = [w for c in ('backbone=resnet10', 'crop=resized', 'side=64', 'flip=true', 'batch_size=64',
                             *METHODS[method]) for w in ('--set', c)]
-        done('run', method, name, '--epochs', 1, '--bare', *sets, '--processes', processes, *data, *where)
+        told = done('run', method, name, '--epochs', 1, '--bare', *sets, '--processes', processes, *data, *where)
+        assert 'GFLOPs an image' in told and 'images/s, as two steps went' in told
         [path] = (tmp_path/'runs'/str(processes)/name/method).iterdir()
         runs[method, processes] = run = load_run(path)
         assert run.env['sessions'][0]['sharing']['processes'] == processes

@@ -20,7 +20,7 @@ from ..losses.cross_entropy import mixed_cross_entropy
 from ..measure.report import measures
 from ..models.expert_resnet import ExpertResNet32
 from ..models.resnet_cifar import ResNet32
-from . import gpu as bench_gpu, testing, training
+from . import gpu as bench_gpu, photographs, testing, training
 from .training import NotRun
 from ..runs.folder import find_outputs
 from ..runs.environment import git_state
@@ -43,6 +43,9 @@ ROWS: dict[str, tuple[str, Callable[[float], dict]]] = dict(
     augment_autoaugment=('images/s', testing.auto_augment_row),
     loading=('images/s', testing.loading_row),
     evaluation=('images/s', testing.evaluation_row),
+    photographs_files=('images/s', photographs.files_row),
+    photographs_packed=('images/s', photographs.packed_row),
+    photographs_memory=('MB', photographs.packed_memory_row),
     calibration=('rows/s', testing.calibration_row),
     matmul_bf16_share=('GFLOP/s', training.matmul_row),
     peak_memory=('MB', training.memory_row),

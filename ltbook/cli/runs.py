@@ -127,11 +127,16 @@ def run_(
         words |= {k: v for k, v in DEFAULTS.items() if words[k] is None}
     recipe, notebook = recipe_of(words, extra), None if bare else find_notebook()
     folder = out / run_id(recipe)
-    prepare(recipe, out, data_root, device, first, sharing=sharing)  # mistakes show before a kernel starts
+    context = prepare(recipe, out, data_root, device, first, sharing=sharing)  # mistakes show before a kernel starts
     if notebook is None and not bare:
         console.print(
             'papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.'
         )
+    photographs = context and getattr(context.train, 'shape', (0,))[0] >= 64
+    if photographs and recipe.profile != 'smoke' and not (place and place[0]) and not (folder/'history.csv').exists():
+        from ltbook.runs.cost import cost
+        console.print(f'{cost(context)}', soft_wrap=True)
+    del context  # the run makes its own
     finished = (folder/'done.json').exists()
     if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
     with Reporter(console) as r:

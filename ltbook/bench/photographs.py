@@ -48,7 +48,7 @@ def bare(
         w, h = x.size
         if w < h: box = (0, (h - w)//2, w, (h - w)//2 + w)
         else: box = ((w - h)//2, 0, (w - h)//2 + h, h)
-        return np.asarray(x.convert('RGB').resize((side, side), Image.Resampling.BILINEAR, box))
+        return np.asarray(x.resize((side, side), Image.Resampling.BICUBIC, box))
 
 # %% ../../nbs/bench/698_photographs.ipynb #fecef0fb
 def files_row(
@@ -61,7 +61,8 @@ def files_row(
         files, workers = make_pictures(Path(folder), n), cores()
         data = ImageSet(FileStore(files, Reading(256, 'crop'), workers=workers), torch.arange(n) % 2, ('0', '1'))
         view, order = TrainView(data, Augmentation(crop='resized', side=224)), np.arange(n)
-        usual = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(256), transforms.PILToTensor()])
+        usual = transforms.Compose([transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(256),
+                                    transforms.PILToTensor()])
         loader = torch.utils.data.DataLoader(
             datasets.ImageFolder(folder, usual), batch, num_workers=workers, persistent_workers=True)
         def pillow():

@@ -180,9 +180,12 @@ def _download_cifar(name, path):
         raise UserError(f'{name} could not be downloaded ({e}); {hint}.') from e
 
 def _moments(images):
-    "Mean and standard deviation of each channel, in [0, 1], from exact byte counts"
+    "Mean and standard deviation of each channel, in [0, 1], from exact byte counts, a piece at a time"
     v = np.arange(256) / 255
-    shares = [torch.bincount(c.flatten(), minlength=256).numpy() / c.numel() for c in images.unbind(-1)]
+    counts = sum(
+        torch.stack([torch.bincount(c.flatten(), minlength=256) for c in piece.unbind(-1)])
+        for piece in images.split(max(1, 2**23//images[0].numel())))
+    shares = [(c/c.sum()).numpy() for c in counts.double()]
     mean = tuple(float(p @ v) for p in shares)
     return mean, tuple(float(np.sqrt(p @ (v - m) ** 2)) or 1. for p, m in zip(shares, mean))
 

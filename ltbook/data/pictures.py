@@ -44,7 +44,8 @@ def to_rgb(
     scale: tuple[float, float] = (0., 65535.),  # of values of more than 8 bits, see `full_scale`
 ) -> Image.Image:  # RGB, upright
     "A picture by its values. Raises `UserError` for values that are no numbers."
-    im = ImageOps.exif_transpose(im)
+    if im.getexif().get(0x0112, 1) != 1: im = ImageOps.exif_transpose(im)
+    if im.mode == 'RGB' and not im.has_transparency_data: return im      # without a copy
     if im.mode in DEEP:
         share = (values_of(im) - scale[0])/max(scale[1] - scale[0], 1e-300)
         return Image.fromarray(np.clip(np.round(255*share), 0, 255).astype(np.uint8)).convert('RGB')

@@ -45,11 +45,11 @@ def resized_crops(
 ) -> Tensor:  # uint8 (B, C, side, side), channels last in memory
     "Cut each rectangle out, resize it (bilinear, antialiased) and mirror some of them."
     from torchvision.transforms.v2.functional import resized_crop      # here, as it takes a second
-    out = [resized_crop(p.permute(2, 0, 1), *r, [side, side], antialias=True)
-           for p, r in zip(pixels, rectangles.T.tolist())]
-    x = torch.stack(out)
-    x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    return x.contiguous(memory_format=torch.channels_last)
+    out = pixels.new_empty(len(pixels), side, side, pixels.shape[3])
+    for o, p, r, mirrored in zip(out, pixels, rectangles.T.tolist(), flip.tolist()):
+        x = resized_crop(p.permute(2, 0, 1), *r, [side, side], antialias=True)
+        o.copy_((x.flip(2) if mirrored else x).permute(1, 2, 0))
+    return out.permute(0, 3, 1, 2)
 
 def centre_crop(
     pixels: Tensor,  # (B, H, W, C)

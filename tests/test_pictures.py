@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from ltbook.data.checks import UserError
@@ -215,3 +216,22 @@ def test_a_class_of_one_picture_trains_at_the_command_line(tmp_path):
     p = ltbook('run', 'mislas', 'trees', '--profile', 'smoke', '--bare', '--data-root', 'd', '--out', 'o', cwd=tmp_path)
     assert p.returncode == 0, p.stderr
     assert 'Traceback' not in p.stderr and next(tmp_path.glob('o/trees/mislas/*/done.json'))
+
+
+def test_a_table_gives_what_folders_give(tmp_path, monkeypatch):
+    "The same pictures by class folders and by a CSV, in memory and through a file, are the same set to the byte"
+    import ltbook.data.pictures as pictures
+    rng, rows = np.random.default_rng(0), ['path,label']
+    for k, n in dict(wren=7, crow=4).items():
+        (tmp_path/'set'/k).mkdir(parents=True)
+        for i in range(n):
+            name = f'{k}/{i}.png'
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path/'set'/name)
+            rows.append(f'{name},{k}')
+    (tmp_path/'set'/'table.csv').write_text('\n'.join(rows))
+    one = read_h5(import_folder(tmp_path/'set', 'one', tmp_path, 16))
+    room = pictures._room
+    monkeypatch.setattr(pictures, '_room', lambda n, side: room(n, side, 0))
+    two = read_h5(import_folder(tmp_path/'set'/'table.csv', 'two', tmp_path, 16))
+    for a, b in zip(one[:2], two[:2]):
+        assert a.classes == b.classes and torch.equal(a.labels, b.labels) and torch.equal(a.images, b.images)

@@ -145,7 +145,8 @@ def pack_(
 @app.command('import')
 def import_(
     folder: Annotated[
-        Path, typer.Argument(help='A folder of class folders, or one with train/ and test/ or val/.')],
+        Path, typer.Argument(help='A folder of class folders, or one with train/ and test/ or val/; or a CSV of '
+                                  'path, label and perhaps part.')],
     name: Annotated[str, typer.Argument(help='Name of the data set.')],
     size: Annotated[int, typer.Option('--size', '--side', help='Of the square images, pixels.')] = 32,
     test_fraction: Annotated[float, typer.Option(help='Of every class, where there is no test/ folder.')] = 0.2,

@@ -7,7 +7,7 @@ __all__ = ['DEEP', 'FULL_SCALES', 'FITS', 'SUFFIXES', 'LEFT_BEHIND', 'values_of'
            'class_folders', 'find_parts', 'Reading', 'Seen', 'scale_of', 'read_square', 'read_part', 'class_table']
 
 # %% ../../nbs/data/020_pictures.ipynb #0769579c
-import os, warnings
+import os, tempfile, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 from .checks import UserError, one_of, printable
+from .tables import read_table
 
 # %% ../../nbs/data/020_pictures.ipynb #4b56bb7a
 DEEP = ('I', 'F', 'I;16', 'I;16L', 'I;16B', 'I;16N')  # Pillow's modes of more than 8 bits a value
@@ -108,19 +109,24 @@ def class_folders(
 
 # %% ../../nbs/data/020_pictures.ipynb #ae2570b3
 def find_parts(
-    folder: Path,  # class folders, or train/ and test/ or val/ with class folders
+    folder: Path,  # class folders, or train/ and test/ or val/ with class folders; or a table, see `read_table`
     test_fraction: float = 0.2,  # of every class, in (0, 1), where there is no part for testing
     seed: int = 0,  # of that choice
     say: Callable[[str], None] = lambda text: None,  # told what was decided
 ) -> tuple[dict, dict]:  # class name -> files, for training and for testing
     "Which pictures train and which test. Raises `UserError` for classes that cannot be trained on."
-    vals = [d for d in ('val', 'validation', 'valid') if (folder/d).is_dir()]
-    if not (folder/'train').is_dir() or not ((folder/'test').is_dir() or vals):
-        return _cut(class_folders(folder), folder, test_fraction, np.random.default_rng(seed), say)
-    name = 'test' if (folder/'test').is_dir() else vals[0]
+    found = read_table(folder) if folder.is_file() else {}
+    vals = [d for d in ('val', 'validation', 'valid') if d in found or (folder/d).is_dir()]
+    named = {d for d in ('train', 'test') if d in found or (folder/d).is_dir()}
+    if 'train' not in named or not ('test' in named or vals):
+        whole = {} if found else class_folders(folder)
+        for part in found.values(): whole = {k: sorted(whole.get(k, []) + part.get(k, [])) for k in {**whole, **part}}
+        if len(whole) < 2: raise UserError(f'{folder} names 1 class, and there must be at least 2: add another one.')
+        return _cut(whole, folder, test_fraction, np.random.default_rng(seed), say)
+    name = 'test' if 'test' in named else vals[0]
     if name != 'test': say(f'{name}/ is the part for testing.')
     elif vals: say(f'{vals[0]}/ is left aside: the test part is test/.')
-    train, test = class_folders(folder/'train'), class_folders(folder/name)
+    train, test = (found[k] if found else class_folders(folder/k) for k in ('train', name))
     if odd := sorted(test.keys() - train.keys()):
         raise UserError(f'{folder/name} has classes that {folder/"train"} lacks: {_some(odd)}; add or remove them.')
     if none := [c for c, files in train.items() if not files]: raise _no_pictures(folder/'train', none)
@@ -242,14 +248,21 @@ def read_part(
     seen: Seen,  # gets what happened
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, side, side, 3), int64 (N,)
     "All pictures of a part. Raises `UserError` for a broken one."
-    images, labels = [], []
+    images, labels = _room(sum(map(len, files.values())), reading.side), []
     for k, paths in enumerate(files.values()):
         for p in paths:
             if (x := read_square(p, reading, scale, seen)) is None: continue
-            images.append(x)
+            images[len(labels)] = x
             labels.append(k)
-    empty = np.empty((0, reading.side, reading.side, 3), np.uint8)
-    return np.stack(images) if images else empty, np.array(labels, np.int64)
+    return images[:len(labels)], np.array(labels, np.int64)
+
+def _room(n: int, side: int, most: int = 2**28) -> np.ndarray:
+    "Bytes for n squares: in memory, or for more than `most` bytes in a file without a name."
+    shape = (n, side, side, 3)
+    if np.prod(shape) <= most: return np.empty(shape, np.uint8)
+    file = tempfile.TemporaryFile()
+    if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))      # a full disk: now
+    return np.memmap(file, np.uint8, 'r+', shape=shape)
 
 def class_table(
     counts: np.ndarray,  # int (K,), of the images to train on

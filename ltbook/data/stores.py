@@ -226,7 +226,7 @@ def _part(f, name, classes, path):
 RESERVED = ('cifar10', 'cifar100', 'digits')  # names of the built-in data sets
 
 def import_folder(
-    folder: str | Path,  # class folders, or train/ and test/ or val/ with class folders
+    folder: str | Path,  # class folders, or train/ and test/ or val/ with class folders; or a CSV, see `read_table`
     name: str,  # name of the new data set
     root: str | Path,  # folder of the data sets; the file becomes root/name.h5
     size: int = 32,  # side of the stored images, pixels
@@ -245,8 +245,8 @@ def import_folder(
     if file.exists() and not force:
         raise UserError(
             f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
-    if not folder.is_dir():
-        raise UserError(f'{folder} is not a folder; give one with a folder of pictures for each class.')
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() in ('.csv', '.tsv')):
+        raise UserError(f'{folder} is not a folder; give one with a folder of pictures for each class, or a .csv.')
     if not 0 < test_fraction < 1: raise UserError(f'test_fraction must lie between 0 and 1, got {test_fraction}.')
     parts = find_parts(folder, test_fraction, seed, say)
     scale, seen = scale_of(p for part in parts for files in part.values() for p in files), Seen()

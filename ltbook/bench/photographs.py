@@ -61,8 +61,8 @@ def files_row(
         files, workers = make_pictures(Path(folder), n), cores()
         data = ImageSet(FileStore(files, Reading(256, 'crop'), workers=workers), torch.arange(n) % 2, ('0', '1'))
         view, order = TrainView(data, Augmentation(crop='resized', side=224)), np.arange(n)
-        usual = transforms.Compose([transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(256),
-                                    transforms.PILToTensor()])
+        usual = transforms.Compose([transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+                                    transforms.CenterCrop(256), transforms.PILToTensor()])
         loader = torch.utils.data.DataLoader(
             datasets.ImageFolder(folder, usual), batch, num_workers=workers, persistent_workers=True)
         def pillow():

@@ -41,7 +41,7 @@ def read_table(
         if not path or not label: raise UserError(f'{where}: a path or a label is missing; add it or remove the line.')
         if part and part.lower() not in PARTS:
             raise UserError(f'{where}: {printable(part)} is no part; write train, val or test.')
-        if bool(part) != bool(found['part']): raise UserError(f'{where}: the part is missing; write train, val or test.')
+        if found['part'] and not part: raise UserError(f'{where}: the part is missing; write train, val or test.')
         place = file.parent/path
         if place in seen:
             raise UserError(f'{where}: {printable(path)} is in line {seen[place]} already; remove one of them.')

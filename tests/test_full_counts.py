@@ -1,0 +1,85 @@
+"""The three large sets at their published sizes, without their images: lists, samplers, shot groups, the hash of what is
+trained on, measures, and writing and reading of predictions, in a process of its own whose time and memory are counted.
+The class counts are generated: the published totals, largest and smallest class, and sizes of the shot groups."""
+import json, os, subprocess, sys
+
+import numpy as np, pytest
+
+# classes, train images, largest, smallest, (many, medium, few) by 100/20, test images, beginning of a path
+SETS = dict(
+    imagenet_lt=(1000, 115_846, 1280, 5, (385, 479, 136), 50_000, 'train/n'),
+    places_lt=(365, 62_500, 4980, 5, (131, 163, 71), 36_500, 'train/a/'),
+    inaturalist2018=(8142, 437_513, 1000, 2, (842, 3701, 3599), 24_426, 'train_val2018/'))
+
+
+def generated(n_classes, total, largest, smallest, groups):
+    "Falling class counts with these group sizes and this sum"
+    ends = ((largest, 101), (100, 20), (19, smallest))
+    def profile(p):
+        parts = [low + (high - low)*np.linspace(1, 0, n)**p for (high, low), n in zip(ends, groups)]
+        return np.concatenate(parts).round().astype(int)
+    low, high = .01, 60.
+    for _ in range(100):
+        low, high = (m, high) if profile(m := (low + high)/2).sum() > total else (low, m)
+    counts = profile(high)
+    i = 1
+    while counts.sum() < total:      # the rounding
+        if counts[i] < counts[i - 1] and counts[i] not in (100, 19): counts[i] += 1
+        i = i % (n_classes - 2) + 1
+    assert counts.sum() == total and counts[0] == largest and counts[-1] == smallest
+    return counts
+
+
+CHILD = '''
+import json, resource, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+began = time.perf_counter()
+import numpy as np, torch, h5py
+from ltbook.data.lists import by_count, read_list, recognised
+from ltbook.data.profile import LongTail, shot_groups
+from ltbook.data.sampling import ClassAwareSampler, InstanceBalanced
+from ltbook.runs.run import stage_measures, write_predictions
+place, n_test = Path(sys.argv[1]), int(sys.argv[2])
+part = read_list(place/'train.txt')
+counts, order = part.counts, by_count(part.counts)
+found = dict(total=len(part), known=recognised(part) is not None, stable=bool((np.diff(counts[order]) <= 0).all()))
+found['groups'] = [len(v) for v in shot_groups(counts, '100/20').values()]
+tail = LongTail(np.arange(len(part)), counts, None, 'exp', 0)
+found['sha256'] = tail.sha256
+for sampler in (InstanceBalanced(part.labels, 0), ClassAwareSampler(part.labels, 0, len(part))):
+    start = time.perf_counter()
+    drawn = sampler.epoch()
+    found.setdefault('epoch_seconds', []).append(time.perf_counter() - start)
+    found.setdefault('drawn', []).append(len(drawn))
+C = len(counts)
+labels = torch.arange(n_test) % C
+z = torch.empty(n_test, C).normal_(generator=torch.Generator().manual_seed(0))
+z[torch.arange(n_test), labels] += 5
+context = SimpleNamespace(
+    logits=dict(stage1=dict(logits=z.numpy())), parts=dict(test=SimpleNamespace(labels=labels)), tail=tail,
+    fingerprint={}, recipe=SimpleNamespace(shot_rule='100/20'))
+m = stage_measures(context, context.logits['stage1']['logits'])
+write_predictions(place/'predictions.h5', context)
+with h5py.File(place/'predictions.h5') as f: found['same'] = bool((f['logits'][-5:] == z[-5:].numpy()).all())
+found |= dict(top1=m['top1'], few=m['few'], seconds=time.perf_counter() - began,
+              memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+print(json.dumps(found))
+'''
+
+
+@pytest.mark.parametrize('name', SETS)
+def test_everything_but_the_images_at_full_size(name, tmp_path):
+    n_classes, total, largest, smallest, groups, n_test, prefix = SETS[name]
+    counts = generated(n_classes, total, largest, smallest, groups)
+    with (tmp_path/'train.txt').open('w') as f:
+        for k, n in enumerate(counts): f.writelines(f'{prefix}{k}/{k}_{i}.jpg {k}\n' for i in range(n))
+    p = subprocess.run([sys.executable, '-c', CHILD, tmp_path, str(n_test)], capture_output=True, text=True,
+                       env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert p.returncode == 0, p.stderr[-2000:]
+    found = json.loads(p.stdout)
+    assert found['total'] == total and found['groups'] == list(groups) and found['stable'] and found['same']
+    assert found['drawn'] == [total, total] and len(found['sha256']) == 64
+    assert max(found['epoch_seconds']) < 1, 'overhead of an epoch'
+    assert found['seconds'] < 60 and found['memory'] < 3000, found
+    assert .5 < found['top1'] <= 1 and abs(found['few'] - found['top1']) < .1

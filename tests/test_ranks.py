@@ -88,7 +88,8 @@ def test_parts_make_the_whole_and_are_never_empty():
     finally: del ranks._here[1:]
 
 
-@pytest.mark.parametrize('more', [dict(), dict(mixup_alpha=1.), dict(cutout_side=3, rotation=5., jitter=.2)])
+@pytest.mark.parametrize('more', [dict(), dict(mixup_alpha=1.), dict(cutout_side=3, rotation=5., jitter=.2),
+                                  dict(rand_augment=2, rand_magnitude=20)])
 def test_a_part_of_a_plan_is_the_plan_of_a_part(more):
     data = load_images('digits').train
     view, index = TrainView(data, Augmentation(1, True, **more)), np.arange(20, 33)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .augment import JITTERS, blur, crop_flip, cutout, grey, mixup, normalize, pad_images, rotate, shrink
-from .auto_augment import AutoAugment
+from .auto_augment import AutoAugment, RandAugment
 from .checks import UserError, one_of
 from .resized import centre_crop, draw_crops, resized_crops
 from .stores import ImageSet
@@ -110,6 +110,8 @@ class Augmentation:
     mixup_alpha: float = 0.  # of the Beta distribution; 0 is no mixup
     crop: str = 'shift'  # a square that wanders, or "resized": a part of any size, see `ltbook.data.resized`
     side: int | None = None  # of the crops, pixels; None is that of the images
+    rand_augment: int = 0  # operations of RandAugment on each image; square images of 1 or 3 channels
+    rand_magnitude: int = 9  # of all of them, 0 to 30
 
 # %% ../../nbs/data/09_views.ipynb #b0681559
 class TrainView(View):
@@ -136,9 +138,13 @@ class TrainView(View):
         if a.side and a.side > min(data.shape[:2]):      # a test takes the centre, without padding
             raise UserError(f'Images of {data.shape[0]} x {data.shape[1]} pixels are too small '
                             f'for crops of {a.side}: choose a smaller side.')
-        if a.auto_augment and self.shape[0] != self.shape[1]:
-            raise UserError(f'AutoAugment needs square images, not {data.shape[0]} x {data.shape[1]}: switch it off.')
-        self.auto = AutoAugment(self.size, channels, self.device) if a.auto_augment else None
+        if a.auto_augment and a.rand_augment: raise UserError('AutoAugment or RandAugment: switch one of them off.')
+        if (a.auto_augment or a.rand_augment) and self.shape[0] != self.shape[1]:
+            kind = 'AutoAugment' if a.auto_augment else 'RandAugment'
+            raise UserError(f'{kind} needs square images, not {data.shape[0]} x {data.shape[1]}: switch it off.')
+        self.auto = (
+            AutoAugment(self.size, channels, self.device) if a.auto_augment else
+            RandAugment(self.size, channels, self.device, a.rand_augment, a.rand_magnitude) if a.rand_augment else None)
         self.side = self.size  # of the batches, pixels; may be set to less between epochs
 
     def plan(
@@ -148,7 +154,8 @@ class TrainView(View):
     ) -> dict[str, Tensor]:  # index int64 (B,), rows int64 (6 and more, B), lam float (), on the CPU
         "Draw everything random about a batch."
         a, b = self.augmentation, len(index)
-        more = bool(a.rotation) + 3*bool(a.jitter) + 2*bool(self.auto)
+        auto = self.auto.rows if self.auto else 0
+        more = bool(a.rotation) + 3*bool(a.jitter) + auto
         rows, sized = np.zeros((6 + more, b), dtype=np.int64), {}
         if a.crop == 'resized':
             sized = dict(rectangles=torch.from_numpy(draw_crops(b, self.data.shape[:2], rng)))
@@ -162,7 +169,7 @@ class TrainView(View):
         lam = 1.
         if a.mixup_alpha: lam, rows[5] = rng.beta(a.mixup_alpha, a.mixup_alpha), rng.permutation(b)
         if a.rotation: rows[6] = rng.integers(-round(1000*a.rotation), round(1000*a.rotation) + 1, size=b)
-        if self.auto: rows[-2:] = self.auto.draw(b, rng)
+        if self.auto: rows[-auto:] = self.auto.draw(b, rng)
         if a.jitter:
             first = 6 + bool(a.rotation)
             rows[first:first + 3] = 1000 + rng.integers(-round(1000*a.jitter), round(1000*a.jitter) + 1, size=(3, b))

@@ -94,8 +94,7 @@ class Recipe(BaseModel):
     # of the weights; what is tested and saved is the average
     average: Literal['none', 'ema', 'swa'] = _fact('none', stage1=True, since='0.3')
     average_decay: Share = _fact(0.999, stage1=True, since='0.3')  # of ema, a step
-    # of swa, part of the epochs after which it collects
-    average_start: Share = _fact(0.75, stage1=True, since='0.3')
+    average_start: Share = _fact(0.75, stage1=True, since='0.3')  # of swa, part of the epochs after which it collects
     # the network
     backbone: str = _fact('resnet32', stage1=True)  # a name of ltbook.models.backbones.BACKBONES
     head: Literal['linear', 'cosine'] = _fact('linear', stage1=True)
@@ -124,6 +123,8 @@ class Recipe(BaseModel):
     # largest change of brightness, contrast and saturation
     jitter: Share = _fact(0., stage1=True, since='0.3')
     auto_augment: bool = _fact(False, stage1=True, since='0.3', was=_META)  # the policy found for CIFAR-10
+    rand_augment: Whole = _fact(0, stage1=True, since='0.5')  # operations on each image; 0 is no RandAugment
+    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = _fact(9, stage1=True, since='0.5')
     cutout_side: Whole = _fact(0, stage1=True, since='0.3', was=_META)  # pixels; 0 is no Cutout
     # of Beta(alpha, alpha), in the first stage; 0 is no mixup
     mixup_alpha: NonNegative = _fact(0., stage1=True, since='0.3', was=_MIXUP)

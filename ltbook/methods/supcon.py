@@ -74,7 +74,8 @@ def stage1(
     return stage
 
 OWN_VIEWS = (
-    'crop', 'side', 'pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha', 'first_side')
+    'crop', 'side', 'pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha', 'first_side',
+    'rand_augment', 'rand_magnitude')
 
 supcon = register(Method(
     'supcon',

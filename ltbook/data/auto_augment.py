@@ -262,7 +262,8 @@ class RandAugment(AutoAugment):
         "What may happen: 1 x 14 x 2 moves, either sign of each."
         m = self.magnitude
         shift, share = 150/331*side*m/30, .9*m/30
-        size = dict(ShearX=.3*m/30, ShearY=.3*m/30, TranslateX=float(int(shift)), TranslateY=float(int(shift)), Rotate=m,
+        size = dict(ShearX=.3*m/30, ShearY=.3*m/30, TranslateX=float(int(shift)), TranslateY=float(int(shift)),
+                    Rotate=m,
                     Posterize=8 - float(torch.tensor(m/(30/4)).round()), Solarize=255. - 255.*m/30,
                     **dict.fromkeys(('Brightness', 'Color', 'Contrast', 'Sharpness'), share))
         return [[[(k, size.get(k, 0.) if k in UNSIGNED else s*size[k]) for s in (-1, 1)] for k in RANDOM_MOVES]]

@@ -144,6 +144,18 @@ def test_a_frozen_body_stays_what_the_file_says(place, monkeypatch):
     assert torch.equal(one['block.conv1.weight'], two['block.conv1.weight'])
 
 
+def test_a_network_of_timm_from_its_own_weights(place):
+    timm = pytest.importorskip('timm')
+    (place/'data'/'weights').mkdir(exist_ok=True)
+    torch.manual_seed(2)
+    torch.save(timm.create_model('resnet10t').state_dict(), place/'data'/'weights'/'resnet10t.pth')
+    run = load_run(train(place, 'mislas', 'birds', 'backbone=timm:resnet10t', 'side=48', 'init=resnet10t.pth'))
+    assert run.recipe.backbone == 'timm:resnet10t' and 'starts anew' in run.metrics['protocol']['init'][-1]
+    assert run.metrics['protocol']['init'][0].split(': ')[1].split()[0] == run.metrics['protocol']['init'][0].split()[3]
+    with pytest.raises(UserError, match='no network'): make_context(
+        recipe('mislas', 'birds', profile='smoke', backbone='timm:nothing'), place/'data', 'cpu')
+
+
 def test_one_seed_gives_one_result(place, tmp_path):
     "Crops of any size are drawn from the run's own generators"
     first = load_run(train(place, 'cross_entropy', 'birds', *SMALL, 'epochs=2'))

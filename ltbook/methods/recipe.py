@@ -22,7 +22,7 @@ from ..losses.named import LOSSES
 from .fast import FAST
 from .spelling import spelt
 from .registry import get_method, methods
-from ..models.backbones import BACKBONES
+from ..models.backbones import BACKBONES, PREFIX
 from ..train.schedule import SCHEDULES
 
 # %% ../../nbs/methods/501_recipe.ipynb #7ba6d10f
@@ -96,7 +96,7 @@ class Recipe(BaseModel):
     average_decay: Share = _fact(0.999, stage1=True, since='0.3')  # of ema, a step
     average_start: Share = _fact(0.75, stage1=True, since='0.3')  # of swa, part of the epochs after which it collects
     # the network
-    backbone: str = _fact('resnet32', stage1=True)  # a name of ltbook.models.backbones.BACKBONES
+    backbone: str = _fact('resnet32', stage1=True)  # a name of ltbook.models.backbones.BACKBONES, or timm:NAME
     head: Literal['linear', 'cosine'] = _fact('linear', stage1=True)
     init: str | None = _fact(None, stage1=True, since='0.4')  # file to start from, in the folder weights of the data
     # the loss, where the method does not fix it
@@ -108,8 +108,7 @@ class Recipe(BaseModel):
     equalization_drop: Share = _fact(0.9, stage1=True, since='0.3', was=_META)
     # of the logit adjustment
     adjustment_tau: NonNegative = _fact(1.0, stage1=True, since='0.3', was=_META)
-    # largest margin; needs head=cosine
-    ldam_margin: NonNegative = _fact(0.5, stage1=True, since='0.3', was=_META)
+    ldam_margin: NonNegative = _fact(0.5, stage1=True, since='0.3', was=_META)  # the largest; needs head=cosine
     # the images of a training
     pad: Whole | None = _fact(None, stage1=True, since='0.3')  # of the random crop; None: the data set's
     pad_mode: Literal['constant', 'reflect', 'reflect+constant'] = _fact(
@@ -167,7 +166,8 @@ class Recipe(BaseModel):
     @classmethod
     def _known_name(cls, v, info):
         known = dict(shot_rule=SHOT_RULES, schedule=SCHEDULES, loss=LOSSES, backbone=BACKBONES)[info.field_name]
-        if v not in known: raise ValueError(f'choose from: {", ".join(known)}')
+        if v not in known and not (known is BACKBONES and v.startswith(PREFIX)):
+            raise ValueError(f'choose from: {", ".join(known)}')
         return v
 
 FACTS = {k: f.json_schema_extra for k, f in Recipe.model_fields.items()}  # name -> stage1, hashed, since, was

@@ -13,6 +13,7 @@ from .expert_resnet import ExpertResNet32
 from .expert_resnet50 import ExpertResNet
 from .resnet import RESNETS, FrozenResNet, ImageResNet
 from .resnet_cifar import ResNet32
+from .timm_network import PREFIX, TimmNetwork
 
 # %% ../../nbs/models/121_backbones.ipynb #5ec0396f
 # name -> (number of classes, channels of the images, kind of head) -> network
@@ -28,13 +29,15 @@ EXPERT_BACKBONES = dict(
     **{kind: partial(ExpertResNet, kind=kind) for kind in ('resnet10', 'resnet50', 'resnext50')})
 
 def build_backbone(
-    name: str,  # a key of BACKBONES
+    name: str,  # a key of BACKBONES, or timm: and a name of that library
     n_classes: int,  # K
     channels: int = 3,  # of the images
     head: str = 'linear',  # a key of `ltbook.models.heads.HEADS`
 ) -> nn.Module:  # freshly initialised from the global generator
     "A network by name. Raises `UserError` for an unknown name, or a network that lacks a part of the contract."
-    network = BACKBONES[one_of(name, BACKBONES, 'backbone')](n_classes, channels, head)
+    build = partial(TimmNetwork, name[len(PREFIX):]) if name.startswith(PREFIX) else BACKBONES[
+        one_of(name, BACKBONES, 'backbone')]
+    network = build(n_classes, channels, head)
     lacks = [k for k in ('features', 'head', 'backbone', 'n_features') if not hasattr(network, k)]
     if lacks: raise UserError(f'The backbone {name} lacks {", ".join(lacks)}: stages need them.')
     return network

@@ -1,6 +1,6 @@
 """The three large sets at their published sizes, without their images: lists, samplers, shot groups, the hash of what
 is trained on, measures, and writing and reading of predictions. A process of its own does it all, and its time and
-memory are counted. Class counts are generated: the published totals, largest and smallest class, sizes of the groups."""
+memory are counted. Class counts are generated: published totals, largest and smallest class, sizes of the groups."""
 import json, os, subprocess, sys
 
 import numpy as np, pytest

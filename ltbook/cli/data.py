@@ -148,7 +148,8 @@ def import_(
         Path, typer.Argument(help='A folder of class folders, or one with train/ and test/ or val/; or a CSV of '
                                   'path, label and perhaps part.')],
     name: Annotated[str, typer.Argument(help='Name of the data set.')],
-    size: Annotated[int, typer.Option('--size', '--side', help='Of the square images, pixels.')] = 32,
+    size: Annotated[
+        Optional[int], typer.Option('--size', '--side', help='Of the square images, pixels; default 32.')] = None,
     test_fraction: Annotated[float, typer.Option(help='Of every class, where there is no test/ folder.')] = 0.2,
     fit: Annotated[
         Optional[str], typer.Option(help='For pictures that are not square: crop, letterbox, squash.')] = None,
@@ -162,11 +163,12 @@ def import_(
     from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
 
+    if size is None: _say('Every image is stored with 32 pixels a side; choose another number with --size.')
     file = import_folder(
         folder,
         name,
         find_root(data_root),
-        size,
+        32 if size is None else size,
         test_fraction,
         force=force,
         fit=fit,

@@ -43,6 +43,12 @@ class PoliteGroup(TyperGroup):
         typer.echo('\n'.join(map(printable, text.splitlines())), err=True)
         raise typer.Exit(code)
 
+def _version(wanted: bool) -> None:
+    if not wanted: return
+    from ltbook import __version__
+    typer.echo(f'ltbook {__version__}')
+    raise typer.Exit()
+
 app = typer.Typer(
     cls=PoliteGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help='The workbook for long-tailed image recognition. Every verb takes --import MODULE, for methods of your own.')

@@ -148,7 +148,7 @@ def test_truncated_training_state_is_told(tmp_path):
         (('mislas', '--device', 'gpu'), 'device'),
         (('mislas', '--imbalance', '.1'), 'imbalance'),
         (('mislas', '--set', 'batch_size=0'), 'batch_size'),
-        (('mislas', 'places_lt'), 'only declared'),
+        (('mislas', 'places_lt'), 'weights of ImageNet'),
         (('mislas', '--from', 'nothing'), 'no run'),
         (('mislas', 'cifar100', '--imbalance', '-1'), 'imbalance'),
         (('mislas', '--set', 'imbalance=50'), '--imbalance'),

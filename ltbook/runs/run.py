@@ -89,7 +89,8 @@ def run_stage(
     say: Callable[[str], None] = print,  # told what a person should know
 ) -> None:
     "Train a stage, or read it if it was finished before."
-    if (folder/f'{stage.name}.safetensors').exists(): return read_stage(stage, folder, context.compute)
+    # the first rank says: it may have written a stage that takes no time before another one looks
+    if ranks.told((folder/f'{stage.name}.safetensors').exists()): return read_stage(stage, folder, context.compute)
     def look(s: Stage) -> dict:
         "Test numbers of one epoch: logged, never used for a choice."
         arrays = stage_logits(context, s) or {}

@@ -63,10 +63,13 @@ def pair(top, whole, bare=(True, True), delay=0., kill=None, how=signal.SIGKILL)
     first = launch(out, bare[0], logs[0])
     time.sleep(delay)
     second = launch(out, bare[1], logs[1])
+    late = False
     if kill is not None:
         time.sleep(kill)
+        late = any(out.glob('*/*/*/done.json'))      # killed after all was done: the next command tidies up
         first.send_signal(how)
     codes = [p.wait(600) for p in (first, second)]
+    if late: codes[1] = codes[1] or launch(out, True, logs[1]).wait(600)
     texts = [log.read_text() for log in logs]
     wrong = [f'traceback in process {i + 1}' for i, t in enumerate(texts) if 'Traceback' in t]
     fine = {0} if kill is None else {0, -how, 128 + how}

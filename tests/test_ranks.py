@@ -1,19 +1,16 @@
 """Several processes for one run: the same numbers, one writer, and nothing lost with a process."""
-import copy, os, signal, subprocess, sys, textwrap, time
+import os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from ltbook.data.checks import UserError
 from ltbook.data.images import load_images
 from ltbook.data.views import Augmentation, TrainView
-from ltbook.methods.method import methods
 from ltbook.methods.recipe import recipe
-from ltbook.models.backbones import build_backbone
 from ltbook.runs.folder import load_run, run_id
 from ltbook.runs.run import make_context, run
-from ltbook.runs.several import Sharing
 from ltbook.train import ranks
+from ltbook.train.ranks import Sharing
 from ltbook.train.stage import pieces
 
 QUIET = dict(say=lambda text: None)

@@ -82,7 +82,7 @@ def done(*words):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_from_pictures_to_results(layout, pictures, tmp_path):
     name, (images, lists) = f'like_{layout}', lay_out(layout, pictures, tmp_path/'set')
-    data, out = ['--data-root', tmp_path/'data'], ['--out', tmp_path/'runs']
+    data = ['--data-root', tmp_path/'data']
     said = done('doctor', name, '--images', images, '--lists', lists, '--deep')
     assert '450 images, 20 classes, 115 to 2 a class' in said and 'All files are there' in said
     done('pack', name, '--images', images, '--lists', lists, '--size', 72, *data)

@@ -92,8 +92,7 @@ def run_(
     from ltbook.runs.notebook import DEFAULTS, find_notebook, recipe_of, run_notebook
     from ltbook.runs.progress import Reporter
     from ltbook.runs.run import prepare, run
-    from ltbook.runs.several import Sharing
-    from ltbook.train.ranks import launched
+    from ltbook.train.ranks import Sharing, launched
 
     sharing = Sharing(processes, accumulate, batchnorm)
     if place := launched():      # by torchrun: the first one speaks
@@ -136,7 +135,7 @@ def run_(
     photographs = context and getattr(context.train, 'shape', (0,))[0] >= 64
     if photographs and recipe.profile != 'smoke' and not (place and place[0]) and not (folder/'history.csv').exists():
         from ltbook.runs.cost import cost
-        console.print(f'{cost(context)}', soft_wrap=True)
+        if said := cost(context): console.print(str(said), soft_wrap=True)
     del context  # the run makes its own
     finished = (folder/'done.json').exists()
     if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)

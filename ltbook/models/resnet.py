@@ -10,7 +10,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 from ..data.checks import one_of
-from .heads import HEADS
+from .heads import BodyAndHead
 
 # %% ../../nbs/models/122_resnet.ipynb #f408250e
 # name -> kind of block, blocks of the four groups, groups of a convolution, width of a group
@@ -22,7 +22,7 @@ RESNETS = dict(
     resnet152=('Bottleneck', (3, 8, 36, 3), 1, 64),
     resnext50=('Bottleneck', (3, 4, 6, 3), 32, 4))
 
-class ImageResNet(nn.Module):
+class ImageResNet(BodyAndHead):
     "A residual network for images of 64 pixels and more: backbone and head, kept apart. Raises `UserError` for names."
     def __init__(
         self,
@@ -32,32 +32,19 @@ class ImageResNet(nn.Module):
         head: str = 'linear',  # a key of `ltbook.models.heads.HEADS`
     ):
         from torchvision.models import resnet      # here, as it takes a second
-        super().__init__()
         block, depths, groups, width = RESNETS[one_of(name, RESNETS, 'network')]
-        block = getattr(resnet, block)
-        self.body = resnet.ResNet(block, [*depths], num_classes=1, groups=groups, width_per_group=width)
-        self.n_features, self.body.fc = self.body.fc.in_features, nn.Identity()
+        body = resnet.ResNet(
+            getattr(resnet, block), [*depths], num_classes=1, groups=groups, width_per_group=width)
+        n_features, body.fc = body.fc.in_features, nn.Identity()
         if in_channels != 3:
-            self.body.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-            nn.init.kaiming_normal_(self.body.conv1.weight, mode='fan_out', nonlinearity='relu')
-        self.head = HEADS[one_of(head, HEADS, 'head')](self.n_features, n_classes) if n_classes else nn.Identity()
-
-    def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, n_features) of images (B, in_channels, H, W); never negative."
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        "Logits (B, K)."
-        return self.head(self.features(x))
+            body.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+            nn.init.kaiming_normal_(body.conv1.weight, mode='fan_out', nonlinearity='relu')
+        super().__init__(body, n_features, n_classes, head)
 
     @property
     def groups(self) -> list[nn.Module]:
         "The four groups of blocks, in order."
         return [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
-
-    def backbone(self) -> list[nn.Module]:
-        "Everything but the head, for freezing and for switching modes."
-        return [self.body]
 
 # %% ../../nbs/models/122_resnet.ipynb #1e203f1e
 def _still(module: nn.Module, mode: bool = True) -> nn.Module:

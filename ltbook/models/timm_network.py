@@ -6,15 +6,14 @@
 __all__ = ['PREFIX', 'TimmNetwork']
 
 # %% ../../nbs/models/124_timm.ipynb #a279dffc
-import torch
-from torch import Tensor, nn
-from ..data.checks import UserError, one_of
-from .heads import HEADS
+from torch import nn
+from ..data.checks import UserError
+from .heads import BodyAndHead
 
 # %% ../../nbs/models/124_timm.ipynb #a3f61df9
 PREFIX = 'timm:'  # of the name of a backbone
 
-class TimmNetwork(nn.Module):
+class TimmNetwork(BodyAndHead):
     "A network of timm with a head of ours. Raises `UserError` where timm is not installed or has no such network."
     def __init__(
         self,
@@ -23,28 +22,14 @@ class TimmNetwork(nn.Module):
         in_channels: int = 3,  # of the images
         head: str = 'linear',  # a key of `ltbook.models.heads.HEADS`
     ):
-        super().__init__()
         try: import timm
         except ModuleNotFoundError:
             raise UserError(f'{PREFIX}{name} needs the library timm: pip install timm.') from None
-        try: self.body = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_channels)
+        try: body = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_channels)
         except RuntimeError as e: raise UserError(f'timm has no network {name} ({str(e)[:80]}).') from None
-        self.n_features = self.body.num_features
-        self.head = HEADS[one_of(head, HEADS, 'head')](self.n_features, n_classes) if n_classes else nn.Identity()
-
-    def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, n_features) of images (B, in_channels, H, W)."
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        "Logits (B, K)."
-        return self.head(self.features(x))
+        super().__init__(body, body.num_features, n_classes, head)
 
     @property
     def groups(self) -> list[nn.Module]:
         "The parts with parameters, in order."
         return [m for m in self.body.children() if any(True for _ in m.parameters())]
-
-    def backbone(self) -> list[nn.Module]:
-        "Everything but the head, for freezing and for switching modes."
-        return [self.body]

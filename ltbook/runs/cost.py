@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..methods.method import Context, get_method
-from ..train.loop import training_step
+from .environment import peak_memory
 from ..train.feed import as_view
+from ..train.loop import training_step
 
 # %% ../../nbs/runs/634_cost.ipynb #f2064c75
 @dataclass(frozen=True)
@@ -75,12 +76,7 @@ def cost(
         return len(some)
     with FlopCounterMode(display=False) as counter: n = step(0)
     step(1 if len(order) >= 2*size else 0)
+    memory = torch.cuda.max_memory_allocated(device)/2**20 if device.type == 'cuda' else peak_memory()
     n_images = min(len(stage.sampler), stage.n_batches*stage.batch_size)
-    return Cost(n_images, stage.epochs, counter.get_total_flops()/n, image_bytes(context.train), _peak(device), done[1],
+    return Cost(n_images, stage.epochs, counter.get_total_flops()/n, image_bytes(context.train), memory, done[1],
                 tuple(builders)[1:])
-
-def _peak(device: torch.device) -> float:
-    "MB"
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
-    import resource, sys
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)

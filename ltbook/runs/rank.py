@@ -10,9 +10,10 @@ import json, sys
 from pathlib import Path
 from ..methods.recipe import Recipe
 from .run import run
-from .several import Sharing, own_device
+from .several import own_device
 from ..train import ranks
 from ..train.compute import find_device
+from ..train.ranks import Sharing
 
 # %% ../../nbs/runs/633_rank.ipynb #928ddb3f
 def serve(

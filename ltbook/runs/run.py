@@ -24,7 +24,7 @@ from .keeping import (
 from ..methods.recipe import Recipe, changed, recipe
 from ..models.weights import start_from
 from .start import check_start, copy_stage1, recipe_from
-from .several import Sharing, own_device, several
+from .several import own_device, several
 from ..train import ranks
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
@@ -32,6 +32,7 @@ from ..train.files import (
     checked, load_state, load_weights, read_json, read_rows, write_atomic, write_json, write_rows)
 from ..train.loop import fit, predict
 from ..train.pack import Pack
+from ..train.ranks import Sharing
 from ..train.stage import Stage
 
 # %% ../../nbs/runs/63_run.ipynb #e56c5384
@@ -46,7 +47,7 @@ def make_context(
     method, compute = (
         get_method(recipe.method),
         Compute(find_device(device), recipe.precision, recipe.channels_last, recipe.compile, recipe.capture, pack,
-                sharing.accumulate, sharing.batchnorm))
+                sharing))
     compute.use()
     context = context_of(recipe, recipe_data(recipe, root), compute)
     context.fingerprint = fingerprints(context.info, context.parts) | initial_weights(recipe, root)[1]

@@ -99,7 +99,7 @@ def short(
     def number(v, form='.1f'): return '' if pd.isna(v) else format(v, form)
     return pd.DataFrame([dict(
         method=f'{r.method}, {r.stage}', setting=f'{r.dataset}, {number(r.imbalance, "g") or "as it is"}',
-        recipe='' if pd.isna(r.profile) else ', '.join(filter(None, (r.profile, r.changes))), 
+        recipe='' if pd.isna(r.profile) else ', '.join(filter(None, (r.profile, r.changes))),
         measure=r.measure, printed=number(r.printed),
         ours=number(r.ours) + ('' if pd.isna(r.sd) else f' ± {r.sd:.1f}'), seeds=str(r.seeds),
         difference=number(r.difference, '+.1f'), band=number(r.band), verdict=r.verdict) for r in table.itertuples()])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..data.checks import UserError, one_of
-from .ranks import here, sync_batchnorm
+from .ranks import Sharing, here, sync_batchnorm
 
 # %% ../../nbs/train/42_compute.ipynb #a62ccdc5
 def find_device(
@@ -50,13 +50,9 @@ class Compute:
     compile: bool = False  # torch.compile; pays only for long runs
     capture: bool = False  # steps on fixed buffers, on a GPU replayed as one graph; see `ltbook.train.captured`
     pack: object | None = None  # captured steps are done together with those of other runs; see `ltbook.train.pack`
-    accumulate: int = 1  # pieces of a batch that go through the network one after the other, to save memory
-    batchnorm: str = 'synced'  # over all ranks, or each: every rank by its own images; alone there is no difference
+    sharing: Sharing = Sharing()  # how a batch is cut up between processes and in time
 
-    def __post_init__(self):
-        one_of(self.precision, PRECISIONS, 'precision')
-        one_of(self.batchnorm, ('synced', 'each'), 'batchnorm')
-        if self.accumulate < 1: raise UserError(f'accumulate must be at least 1, got {self.accumulate}.')
+    def __post_init__(self): one_of(self.precision, PRECISIONS, 'precision')
 
     def use(self) -> None:
         "Make the GPU that of this thread: streams and graphs are made on the current one."
@@ -66,7 +62,7 @@ class Compute:
         "Move `network` to the device and into the layout, in place."
         network.to(self.device)
         if self.channels_last: network.to(memory_format=torch.channels_last)
-        if self.batchnorm == 'synced' and here().count > 1: sync_batchnorm(network)
+        if self.sharing.batchnorm == 'synced' and here().count > 1: sync_batchnorm(network)
         if self.compile: network.compile()
         return network
 

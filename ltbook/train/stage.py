@@ -120,7 +120,7 @@ class Stage:
         "Fresh gradients; returns the loss ()."
         optimizer.zero_grad(set_to_none=True)
         total = 0.
-        for share, piece in pieces(batch, compute.accumulate):
+        for share, piece in pieces(batch, compute.sharing.accumulate):
             with compute.autocast(): out = self.forward(self.network, piece)
             loss = share*self.loss(full(out), piece)
             (here().weight*loss).backward()

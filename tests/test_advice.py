@@ -68,7 +68,7 @@ CASES = {
                           lambda words, found: words[:3] + words[5:]),
     'not imported': (run('mislas', 'birds'), r'with: ltbook (import) FOLDER birds',
                      lambda words, found: [found[1], 'good', 'birds']),
-    'no sweeps': (['sweep', 'supcon', 'ablation', 'digits'], r'with: ltbook (run .*)', instead),
+    'no sweeps': (['sweep', 'supcon', 'ablation'], r'with: ltbook (run .*)', instead),
     'no run': (['show', 'digits/mislas/0-none'], r'ltbook (show)', instead),
     'seed and seeds': (run('mislas', 'digits', '--seed', '1', '--seeds', '0,1'), r'either --seed or --seeds',
                        lambda words, found: words[:3] + words[5:]),

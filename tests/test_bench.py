@@ -13,7 +13,8 @@ from ltbook.data.checks import UserError
 from ltbook.measure.calibration import classwise_calibration_error
 from ltbook.measure.report import measures
 from ltbook.bench import table as bench
-from ltbook.studies import seeds
+from ltbook.studies import engines
+from ltbook.studies.grid import parse_seeds
 from ltbook.bench.testing import plain_measures
 from ltbook.bench.training import IMPORTS, NotRun, child, not_run, versus
 from ltbook.bench.time_to_accuracy import evidence
@@ -138,7 +139,7 @@ def test_import_is_light():
         [
             sys.executable,
             '-c',
-            f'{IMPORTS}\nimport sys, ltbook.studies.seeds; print(*({HEAVY!r} & set(sys.modules)))'],
+            f'{IMPORTS}\nimport sys, ltbook.cli.sweep, ltbook.studies.sweep; print(*({HEAVY!r} & set(sys.modules)))'],
         cwd=ROOT,
         capture_output=True,
         text=True)
@@ -156,14 +157,14 @@ def test_child_tells_what_failed():
 @pytest.mark.parametrize(
     'text, wanted', [('0..7', range(8)), ('0,1,2', range(3)), ('5', [5]), (' 2..3 , 9', [2, 3, 9])])
 def test_seeds_are_read(text, wanted):
-    assert seeds.parse_seeds(text) == tuple(wanted)
+    assert parse_seeds(text) == tuple(wanted)
 
 
 @pytest.mark.parametrize(
     'text', ['', ',', '1-3', '7..0', '0,0', '-1', '0..', '..3', '1.5', '0...3', '0..99999999', 'x'])
 def test_wrong_seeds(text):
     with pytest.raises(UserError, match='--seeds'):
-        seeds.parse_seeds(text)
+        parse_seeds(text)
     r = CliRunner().invoke(app, ['run', 'crt', 'digits', '--seeds', text])
     assert r.exit_code == 2 and 'Traceback' not in r.output
 
@@ -181,7 +182,7 @@ def test_mistakes_show_before_anything_starts(words, tmp_path):
 
 
 def test_two_seeds_at_once_equal_each_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(seeds, 'cores', lambda: 2)
+    monkeypatch.setattr(engines, 'cores', lambda: 2)
     threads = torch.get_num_threads()
     words = [
         'run',
@@ -209,7 +210,7 @@ def test_two_seeds_at_once_equal_each_alone(tmp_path, monkeypatch):
             b.metrics == json.loads((a/'metrics.json').read_text())
             and b.id in r.output
             and b.env['threads'] == 1)
-    monkeypatch.setattr(seeds, 'start', lambda *a: pytest.fail('a finished seed was started again'))
+    monkeypatch.setattr(engines, 'start', lambda *a: pytest.fail('a finished seed was started again'))
     assert CliRunner().invoke(app, words).exit_code == 0
 
 
@@ -219,7 +220,9 @@ def test_a_seed_that_fails_stops_no_other(tmp_path, monkeypatch):
     lines = {
         1: 'import sys; sys.exit("broken")',
         0: f'import shutil; shutil.copytree({str(done)!r}, {str(target)!r}, dirs_exist_ok=True)'}
-    monkeypatch.setattr(seeds, 'seed_command', lambda words, changes, bare, seed: [sys.executable, '-c', lines[seed]])
+    begin = engines.start
+    seed_of = lambda words: int(words[words.index('--seed') + 1])
+    monkeypatch.setattr(engines, 'start', lambda c, *more: begin([sys.executable, '-c', lines[seed_of(c)]], *more))
     words = [
         'run',
         'cross_entropy',
@@ -234,6 +237,7 @@ def test_a_seed_that_fails_stops_no_other(tmp_path, monkeypatch):
         '--out',
         str(tmp_path/'out')]
     r = CliRunner().invoke(app, words, env=dict(COLUMNS='200'))
-    assert r.exit_code == 1 and '1 of 2 runs failed: seed 1' in r.output and '1 of 2 seeds' in r.output, r.output
+    assert r.exit_code == 1 and '1 of 2 seeds' in r.output, r.output
+    assert '1 of 2 runs failed: digits/cross_entropy/1-' in r.output
     assert [x.recipe.seed for x in find_runs(tmp_path/'out')] == [0]
     assert 'broken' in next((tmp_path/'out').glob('*/*/1-*/run.log')).read_text()

@@ -21,7 +21,7 @@ from ltbook.runs.published import beside_the_paper
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.runs.environment import command
 from ltbook.runs.run import make_context, recipe_from, run
-from ltbook.studies.sweep import choose, is_row, sweep_rows
+from ltbook.studies.grid import choose, is_row, method_grid
 from ltbook.train.captured import captured_step
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch
@@ -84,7 +84,7 @@ def test_the_profile_is_there_where_stages_follow_it():
         r = recipe(name, 'cifar100', 100, 'fast')
         assert (r.profile, r.schedule, r.nesterov, r.first_side) == ('fast', 'one_cycle', True, 16)
         assert recipe(name, 'cifar100', 100, 'fast', epochs=7, nesterov=False).epochs == 7
-        rows = sweep_rows(name, 'fast', 'cifar100', 100, 'fast')
+        rows = method_grid(name, 'fast', 'cifar100', 100, 'fast')
         assert len({row.folder for row in rows}) == len(rows) == 8 and rows[0].recipe == r
     with pytest.raises(UserError, match='ride has no profile fast; balanced_softmax, cross_entropy'):
         recipe('ride', profile='fast')
@@ -130,7 +130,7 @@ def test_committed_runs_are_finished():
 
 def test_the_sweep_is_of_the_profile_whatever_was_asked_for():
     "Its rows are changes of `fast`; a run belongs to the row that it was made of and to no other"
-    rows = sweep_rows('balanced_softmax', 'fast', 'digits', profile='short')
+    rows = method_grid('balanced_softmax', 'fast', 'digits', profile='short')
     assert len({r.folder for r in rows}) == 8 and [r.recipe.profile for r in rows] == ['fast']*7 + ['short']
     assert (
         [r.name for r in choose(rows, ('Nesterov',))]

@@ -1,4 +1,5 @@
 "Several runs in one pack: the same numbers as alone, whatever the others do"
+from concurrent.futures import Future
 import os
 import signal
 import threading
@@ -10,8 +11,10 @@ import pytest
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-from ltbook.studies import seeds
-from ltbook.studies.seeds import run_packed
+from ltbook.cli.sweep import run_cells
+from ltbook.studies import engines, packs
+from ltbook.studies.grid import grid
+from ltbook.studies.packs import run_packed
 from ltbook.train.pack import Pack, together
 
 
@@ -73,48 +76,31 @@ def test_ctrl_c_ends_all_and_the_same_call_goes_on(tmp_path):
         assert np.array_equal(logits(second[s]), logits(run(r, tmp_path/'alone', device='cpu')))
 
 
+def commands(monkeypatch):
+    "What would be started; nothing is"
+    asked = []
+    def submit(self, words, log):
+        asked.append(words)
+        job = Future()
+        job.set_result(1)
+        return job
+    monkeypatch.setattr(engines.Local, 'submit', submit)
+    monkeypatch.setattr(packs, 'packs', lambda device: True)
+    return asked
+
+
 def test_the_command_packs_where_it_should(tmp_path, monkeypatch, capsys):
-    "Trained in this process, then one command a seed for what is left to do"
-    from rich.console import Console
-    monkeypatch.setattr(seeds, 'packs', lambda device: True)
-    words = dict(
-        method='cross_entropy',
-        dataset='digits',
-        imbalance=None,
-        profile='smoke',
-        seed=None,
-        epochs=None,
-        precision=None,
-        data_root=None,
-        out=str(tmp_path),
-        device='cpu',
-        start=None)
-    commands = []
-    monkeypatch.setattr(seeds, 'run_all', lambda c, logs, *more: commands.append(sorted(c)) or dict.fromkeys(c, 0))
-    folders = seeds.cli_seeds('0,1', words, {}, [], True, Console(width=120))
-    assert commands == [[0, 1]] and all((f/'done.json').exists() for f in folders.values())
+    "Seeds of one recipe are trained in this process"
+    asked = commands(monkeypatch)
+    run_cells(cells := grid('cross_entropy', profile='smoke', seeds='0,1', out=tmp_path), device='cpu', bare=True)
+    assert not asked and all(c.finished for c in cells)
     assert '2 of 2 seeds' in capsys.readouterr().out
 
 
 def test_no_pack_where_nobody_wants_one(tmp_path, monkeypatch):
     "--set capture=false on a GPU: one command a seed from the start"
-    from rich.console import Console
-    monkeypatch.setattr(seeds, 'packs', lambda device: True)
-    monkeypatch.setattr(seeds, 'run_packed', lambda *a: pytest.fail('a pack was made'))
-    commands = []
-    monkeypatch.setattr(seeds, 'run_all', lambda c, logs, *more: commands.append(c) or dict.fromkeys(c, 0))
-    words = dict(
-        method='cross_entropy',
-        dataset='digits',
-        imbalance=None,
-        profile='smoke',
-        seed=None,
-        epochs=None,
-        precision=None,
-        data_root=None,
-        out=str(tmp_path),
-        device='cpu',
-        start=None)
-    seeds.cli_seeds('0,1', words, dict(capture=False), ['capture=false'], True, Console(width=120))
-    assert [sorted(c) for c in commands] == [[0, 1]] and all(
-        'capture=false' in ' '.join(map(str, c)) for c in commands[0].values())
+    asked = commands(monkeypatch)
+    monkeypatch.setattr(packs, 'run_packed', lambda *a: pytest.fail('a pack was made'))
+    cells = grid('cross_entropy', profile='smoke', seeds='0,1', changes=dict(capture=False), out=tmp_path)
+    with pytest.raises(RuntimeError, match='2 of 2 runs failed'): run_cells(cells, device='cpu', bare=True)
+    assert len(asked) == 2 and all('capture=false' in words for words in asked)

@@ -1,5 +1,7 @@
 "Sweeps: the grid counted by hand, what is finished by what the folders say, and the command line"
-import itertools
+import itertools, os, re, signal, subprocess, sys, time
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,11 @@ from ltbook.methods.difficulty_net import ablation_grid
 from ltbook.methods.method import Method, methods
 from ltbook.cli.main import app
 from ltbook.methods.recipe import recipe
-from ltbook.studies.sweep import choose, is_row, listing, sweep, sweep_rows
+from ltbook.runs.folder import find_runs
+from ltbook.runs.keeping import owned
+from ltbook.studies.grid import choose, is_row, method_grid
+from ltbook.studies.sweep import how_it_ended, sweep
+from ltbook.train.processes import child_env
 
 
 class TestGrid:
@@ -50,18 +56,38 @@ class TestGrid:
 
     def test_every_sweep_of_every_method(self):
         for m in methods().values():
-            for name in m.sweeps: assert all(r.recipe.dataset == 'digits' for r in sweep_rows(m.name, name))
+            for name in m.sweeps: assert all(r.recipe.dataset == 'digits' for r in method_grid(m.name, name))
 
     def test_no_sweeps_by_default(self):
         a, b = Method('a', '', '', {}), Method('b', '', '', {})
         assert a.sweeps == {} and a.sweeps is not b.sweeps
 
 
+def ended(code):
+    job = Future()
+    job.set_result(code)
+    return job
+
+
+class Pretender:
+    "An engine that leaves a finished folder behind, or whatever it was told to do with a run"
+    def __init__(self, slots=1, does=None): self.slots, self.does, self.asked, self.closed = slots, does, [], False
+
+    def submit(self, words, log):
+        self.asked.append(log.parent)
+        if self.does and (code := self.does(log.parent)) is not None: return ended(code)
+        log.parent.mkdir(parents=True)
+        (log.parent/'done.json').write_text('{}')
+        return ended(0)
+
+    def close(self): self.closed = True
+
+
 class TestSweep:
-    def rows(self, tmp_path, only=(), **changes):
+    def rows(self, tmp_path, only=(), seeds=(0,), **changes):
         return choose(
-            sweep_rows('difficulty_net', 'ablation', 'digits', profile='smoke', out=tmp_path, changes=changes),
-            only)
+            method_grid('difficulty_net', 'ablation', 'digits', profile='smoke', out=tmp_path, changes=changes,
+                        seeds=seeds), only)
 
     @staticmethod
     def pretend(row):
@@ -69,33 +95,62 @@ class TestSweep:
         (row.folder/'done.json').write_text('{}')
 
     def test_runs_what_is_missing(self, tmp_path):
-        rows, asked = self.rows(tmp_path, ['cdb']), []
+        rows = self.rows(tmp_path, ['cdb'])
         self.pretend(rows[2])
-        def start(row): asked.append(row.name); self.pretend(row)
-        assert [w for _, w in sweep(rows, start)] == ['run', 'run', 'finished', 'run', 'run']
-        assert asked == ['cdb tau 0.5', 'cdb tau 1.0', 'cdb tau 2.0', 'cdb tau dynamic']
-        assert [w for _, w in sweep(rows, start)] == ['finished']*5 and len(asked) == 4
+        engine, again = Pretender(), Pretender()
+        ends = sweep(rows, engine, say=lambda t: None)
+        assert [ends[r.id] for r in rows] == ['run', 'run', 'finished', 'run', 'run'] and engine.closed
+        assert engine.asked == [r.folder for i, r in enumerate(rows) if i != 2]
+        assert {*sweep(rows, again, say=lambda t: None).values()} == {'finished'} and not again.asked
 
     def test_other_seed_is_another_run(self, tmp_path):
         for row in self.rows(tmp_path): row.finished or self.pretend(row)
-        assert {s for _, _, s, _ in listing(self.rows(tmp_path))} == {'finished'}
-        assert (
-            {s for _, _, s, _ in listing(self.rows(tmp_path, seed=1))}
-            == {s for _, _, s, _ in listing(self.rows(tmp_path, epochs=3))}
-            == {'not run'})
+        assert all(r.finished for r in self.rows(tmp_path))
+        assert not any(r.finished for r in self.rows(tmp_path, seeds=(1,)) + self.rows(tmp_path, epochs=3))
 
     def test_same_recipe_runs_once(self, tmp_path):
-        for _ in sweep(self.rows(tmp_path), self.pretend): pass      # mkdir of a folder that is there would raise
+        sweep(self.rows(tmp_path), Pretender(), say=lambda t: None)      # mkdir of a folder that is there would raise
         assert len(list(tmp_path.glob('*/*/*/done.json'))) == 48
 
     def test_half_finished_goes_on(self, tmp_path):
         row, = self.rows(tmp_path, ['focal'])
         row.folder.mkdir(parents=True)
-        assert not row.finished and listing([row])[0][2] == 'not run'
+        assert not row.finished
 
-    def test_failure_stops(self, tmp_path):
-        def fail(row): raise UserError('no disk')
-        with pytest.raises(UserError, match='no disk'): list(sweep(self.rows(tmp_path), fail))
+    def test_a_failure_stops_no_other(self, tmp_path):
+        rows = self.rows(tmp_path, ['cdb'])
+        ends = sweep(rows, Pretender(does=lambda f: 2 if f == rows[1].folder else None), say=lambda t: None)
+        assert [ends[r.id] == 'run' for r in rows] == [True, False, True, True, True]
+        with pytest.raises(RuntimeError, match='1 of 5 runs failed.*exit code 2.*run.log'): how_it_ended(ends)
+
+    @pytest.mark.parametrize('times, ok', [(1, True), (2, False)])
+    def test_a_killed_cell_is_tried_once_more(self, tmp_path, times, ok):
+        rows, kills = self.rows(tmp_path, ['cdb']), []
+        def does(f):
+            if f == rows[0].folder and len(kills) < times: kills.append(f); return -9
+        engine = Pretender(does=does)
+        ends = sweep(rows, engine, say=lambda t: None)
+        assert (ends[rows[0].id] == 'run') is ok and len(engine.asked) == 6
+
+    def test_no_exit_code_counts_without_the_run(self, tmp_path):
+        row, = self.rows(tmp_path, ['focal'])
+        assert 'exit code 0' in sweep([row], Pretender(does=lambda f: 0), say=lambda t: None)[row.id]
+
+    def test_somebody_elses_cell_is_left_for_the_end(self, tmp_path):
+        rows = self.rows(tmp_path, ['cdb'])
+        rows[0].folder.mkdir(parents=True)
+        def does(f):
+            if f == rows[0].folder: return (self_finish(), 0)[1]
+        def self_finish(): (rows[0].folder/'done.json').write_text('{}')
+        engine = Pretender(does=does)
+        with owned(rows[0].folder): sweep(rows, engine, say=lambda t: None)
+        assert engine.asked == [r.folder for r in rows[1:] + rows[:1]]
+
+    def test_interrupted_it_closes_the_engine(self, tmp_path):
+        def stop(f): raise KeyboardInterrupt
+        engine = Pretender(does=stop)
+        with pytest.raises(KeyboardInterrupt): sweep(self.rows(tmp_path), engine, say=lambda t: None)
+        assert engine.closed
 
     @pytest.mark.parametrize(
         'changes',
@@ -130,7 +185,6 @@ class TestCommand:
         words = (
             'difficulty_net',
             'ablation',
-            'digits',
             '--profile',
             'smoke',
             '--set',
@@ -141,7 +195,7 @@ class TestCommand:
             'dynamic',
             '--out',
             str(tmp_path))
-        only = words[:7] + ('--only', 'tau dynamic', '--only', 'none, lambda 0.3, relative, cross') + words[-2:]
+        only = words[:6] + ('--only', 'tau dynamic', '--only', 'none, lambda 0.3, relative, cross') + words[-2:]
         code, text = self.call(*only, '--bare')
         assert code == 0 and '2 run now, 0 finished before' in text
         assert '0 run now, 2 finished before' in self.call(*only, '--bare')[1]
@@ -152,8 +206,63 @@ class TestCommand:
         'words, says',
         [
             (('ride', 'ablation'), 'ride has no sweeps'),
+            (('difficulty_net',), 'Name the sweep of difficulty_net'),
+            ((), 'Name what to run'),
+            (('--method', 'mislas', '--set', 'lr'), '--set takes key=value'),
+            (('--method', 'mislas', '--set', 'seed=1'), 'word of its own'),
+            (('nowhere.yaml',), 'cannot be read as a grid'),
             (('difficulty_net', 'ablatoin'), 'Did you mean ablation'),
-            (('difficulty_net', 'ablation', 'digits', '--only', '53'), 'from 1 to 52')])
+            (('difficulty_net', 'ablation', '--only', '53'), 'from 1 to 52')])
     def test_mistakes(self, words, says):
         code, text = self.call(*words)
         assert code == 2 and 'Traceback' not in text and says in text
+
+
+WORDS = ('sweep', '--method', 'cross_entropy,balanced_softmax', '--profile', 'smoke', '--seeds', '0..1', '--bare',
+         '--device', 'cpu', '--jobs', '2')
+
+
+def begin(out, *words):
+    return subprocess.Popen([sys.executable, '-m', 'ltbook', *WORDS, *words, '--out', str(out)], env=child_env(1),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def numbers(out): return {r.id: r.metrics for r in find_runs(out)}
+
+
+def children(pid):
+    "Processes of a run that a sweep has started"
+    found = []
+    for p in Path('/proc').glob('[0-9]*/stat'):
+        try: parent = int(p.read_text().rpartition(')')[2].split()[1])
+        except (OSError, ValueError): continue
+        if parent == pid: found.append(int(p.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for children in /proc')
+def test_a_killed_cell_and_a_killed_sweep_change_no_number(tmp_path):
+    "SIGKILL of a worker, then of the sweep; the same command ends with the same metrics"
+    quiet = begin(tmp_path/'quiet')
+    assert quiet.wait(300) == 0, quiet.stdout.read()
+    first = begin(tmp_path/'hit')
+    until = time.monotonic() + 60
+    while not (born := children(first.pid)) and time.monotonic() < until: time.sleep(.05)
+    os.kill(born[0], signal.SIGKILL)
+    for line in first.stdout:
+        if 'killed, once more later' in line: break
+    else: raise AssertionError('the sweep did not notice')
+    first.kill()      # its cells live on, or end; whatever they do is taken into account
+    first.wait()
+    second = begin(tmp_path/'hit')
+    said, _ = second.communicate(timeout=300)
+    assert second.returncode == 0 and re.search(r'[0-4] run now, [0-4] finished before', said), said
+    assert numbers(tmp_path/'hit') == numbers(tmp_path/'quiet') and len(numbers(tmp_path/'quiet')) == 4
+
+
+def test_two_sweeps_on_one_folder_train_every_cell_once(tmp_path):
+    both = [begin(tmp_path), begin(tmp_path)]
+    said = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert len(runs := find_runs(tmp_path)) == 4
+    for r in runs: assert len(r.env['sessions']) == 1 and r.env['sessions'][0]['epochs_before'] == 0, r.env

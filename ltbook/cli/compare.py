@@ -50,10 +50,9 @@ def rm_(
     out: Out = Path('outputs')):
     "Remove the folder of a run, after asking. One that is being written is left alone."
     from ltbook.runs.folder import resolve_run
-    from ltbook.runs.keeping import LOCKS
+    from ltbook.runs.keeping import busy
     folder = resolve_run(run, out).path
-    if busy := [n for n in LOCKS if (folder/n).exists()]:
-        raise UserError(f'{folder} is being written ({busy[0]} is there): stop that run first.')
+    if owner := busy(folder): raise UserError(f'{folder} is being written by {owner}: stop that run first.')
     files = [p for p in folder.rglob('*') if p.is_file()]
     size = sum(p.stat().st_size for p in files)/1e6
     if not yes and not typer.confirm(f'Remove {folder}: {len(files)} files, {size:.1f} MB?'):

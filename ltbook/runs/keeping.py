@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEASE', 'PASSING', 'LOCKS', 'UNLISTED', 'fingerprints', 'data_at_hand', 'initial_weights', 'check_data',
-           'make_manifest', 'read_manifest', 'begun', 'positions', 'owned', 'still_owned', 'open_list', 'close_list',
-           'tidy', 'remove_left', 'clean_finished', 'recover', 'verify_files']
+           'make_manifest', 'read_manifest', 'begun', 'positions', 'owned', 'still_owned', 'busy', 'open_list',
+           'close_list', 'tidy', 'remove_left', 'clean_finished', 'recover', 'verify_files']
 
 # %% ../../nbs/runs/611_keeping.ipynb #14cce429
 import hashlib, json, os, re, time
@@ -146,6 +146,21 @@ def still_owned(
     if lock.compromise or not owner or owner.pid != os.getpid():
         raise UserError(f'{Path(lock.lock_file).parent} was taken over by another process while this one stood still. '
                         'The same command waits for it and shows its result.')
+
+# %% ../../nbs/runs/611_keeping.ipynb #aef6e3fa
+def busy(
+    folder: Path,  # of a run; need not exist
+) -> str:  # who writes into it; empty if nobody does
+    "Whether a living process, here or on another machine, writes into a folder."
+    for file in (folder/n for n in ('.lock', '.notebook.lock')):
+        if not file.exists(): continue
+        _take_away(file)
+        lock = SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=5.0, timeout=0)
+        try:
+            with lock: pass      # its owner is gone
+        except Timeout: return f'process {who.pid} on {who.hostname}' if (who := lock.owner) else 'another process'
+        except OSError: continue      # nobody can write here, or the folder was just removed
+    return ''
 
 # %% ../../nbs/runs/611_keeping.ipynb #2c827805
 # on the way

@@ -15,6 +15,7 @@ from ..data.checks import UserError
 from .folder import load_run, open_folder, run_id
 from ..methods.recipe import Recipe, recipe
 from .keeping import owned
+from .progress import last_line
 from .start import recipe_from
 from ..train.files import read_rows, write_atomic
 
@@ -148,8 +149,7 @@ def _watch(folder: Path, show, report, over: threading.Event) -> None:
     seen, last, rows = len(rows_so_far(folder)), False, []
     while not last:
         last = over.wait(0.5)
-        try: show(json.loads((folder/'progress.json').read_text(encoding='utf-8')))
-        except (OSError, ValueError): pass
+        if text := last_line(folder): show(text)
         rows = rows_so_far(folder)
         for row in rows[seen:]: report(row)
         seen = max(seen, len(rows))

@@ -56,12 +56,13 @@ def start(
     command: list[str],  # for `subprocess`
     log: Path,  # what it prints is added here
     threads: int | None = None,  # of its arithmetic; None leaves them alone
+    more: dict[str, str] | None = None,  # for its environment
 ) -> subprocess.Popen:  # leader of a session of its own
     "Start a process whose words go to a log. Ctrl-C in this terminal does not reach it: see `end`."
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open('ab') as f:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
-                                env=child_env(threads), start_new_session=True)
+                                env=child_env(threads) | (more or {}), start_new_session=True)
 
 # %% ../../nbs/train/47_processes.ipynb #dd295fd7
 def end(

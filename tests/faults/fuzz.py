@@ -52,7 +52,7 @@ from ltbook.runs.folder import load_run
 from ltbook.runs.keeping import owned, read_manifest, recover
 from ltbook.runs.run import run
 from ltbook.studies.fusion import Logits, read_logits, write_logits
-from ltbook.studies.seeds import parse_seeds
+from ltbook.studies.grid import parse_seeds
 from ltbook.train import loop
 from ltbook.train.stage import Stage
 from ltbook.train.files import listing, load_weights, parse_json, read_rows, save_state, save_weights
@@ -333,8 +333,8 @@ def bench(top):
     "The readers' place, where nothing is trained, downloaded or imported"
     def none(*a, **k): raise UserError('Nothing is run here.')
     lab = Lab(Path(top))
-    import ltbook.bench.table, ltbook.runs.notebook, ltbook.studies.seeds
-    kept = [(ltbook.runs.run, 'prepare'), (ltbook.runs.run, 'run'), (ltbook.studies.seeds, 'cli_seeds'),
+    import ltbook.bench.table, ltbook.cli.sweep, ltbook.runs.notebook
+    kept = [(ltbook.runs.run, 'prepare'), (ltbook.runs.run, 'run'), (ltbook.cli.sweep, 'run_cells'),
             (ltbook.bench.table, 'cli_bench'), (stores, 'import_folder'), (images, '_download_cifar'),
             (hdf5, '_tried')]
     was, here = [(m, k, getattr(m, k)) for m, k in kept], os.getcwd()

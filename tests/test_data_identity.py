@@ -255,6 +255,7 @@ def test_a_sweep_looks_at_the_data(made, other, tmp_path):
         'sweep',
         'balanced_softmax',
         'fast',
+        '--dataset',
         'mine',
         '--imbalance',
         '4',

@@ -28,6 +28,7 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[name, name + '.*']), package_data={name: ['runs/*.csv']}, include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={'workbook': workbook, 'dev': workbook + dev, 'timm': ['timm>=1.0']},
+    extras_require={'workbook': workbook, 'dev': workbook + dev, 'timm': ['timm>=1.0'],
+                    'ray': ['ray>=2.40'], 'slurm': ['submitit>=1.5,<2']},
     entry_points={'console_scripts': [f'{name}={name}.cli.main:main'], 'nbdev': [f'{name}={name}._modidx:d']},
     cmdclass={'build_py': WithNotebook}, zip_safe=False)

@@ -1,6 +1,6 @@
 "Sweeps: the grid counted by hand, what is finished by what the folders say, and the command line"
-import itertools, os, re, signal, subprocess, sys, time
-from concurrent.futures import Future
+import itertools, json, os, re, signal, subprocess, sys, time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from ltbook.cli.main import app
 from ltbook.methods.recipe import recipe
 from ltbook.runs.folder import find_runs
 from ltbook.runs.keeping import owned
+from ltbook.runs.notebook import execute
 from ltbook.studies.grid import choose, is_row, method_grid
 from ltbook.studies.sweep import how_it_ended, sweep
 from ltbook.train.processes import child_env
@@ -266,3 +267,13 @@ def test_two_sweeps_on_one_folder_train_every_cell_once(tmp_path):
     assert [p.returncode for p in both] == [0, 0], said
     assert len(runs := find_runs(tmp_path)) == 4
     for r in runs: assert len(r.env['sessions']) == 1 and r.env['sessions'][0]['epochs_before'] == 0, r.env
+
+
+def test_sixteen_kernels_at_once(tmp_path):
+    "They share no port: each answers for itself"
+    page = tmp_path/'a.ipynb'
+    cell = dict(cell_type='code', id='a', metadata={}, outputs=[], execution_count=None, source='import os\nos.getpid()')
+    page.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[cell])))
+    with ThreadPoolExecutor(16) as pool:
+        pages = list(pool.map(lambda i: execute(page, tmp_path/f'{i}.ipynb', {}), range(16)))
+    assert len({p['cells'][-1]['outputs'][0]['data']['text/plain'] for p in pages}) == 16

@@ -20,6 +20,8 @@ def run_cells(
     jobs: int | None = None,  # at once; None: as many as there are cores, or cards
     bare: bool = False,  # without the notebook
     order: str = 'given',  # see `ltbook.studies.sweep.ORDERS`
+    engine: str = 'local',  # see `ltbook.studies.engines.ENGINES`
+    settings: dict | None = None,  # of the engine
 ) -> None:
     "Run what is missing of a grid, and print what came out. Raises `RuntimeError` naming the runs that failed."
     from ltbook.runs.folder import Run, find_runs
@@ -34,12 +36,12 @@ def run_cells(
             prepare(c.recipe, c.out, data_root, device)
             looked.add(c.id.rpartition('-')[2])
     left = [c for c in cells if not c.finished]
-    if len(left) > 1 and packs.packs(device): packs.pack_first(left, data_root, device, console.print)
-    slots, threads, cards = engines.side_by_side(max(1, len(left)), device, jobs)
-    if len(left) > 1: console.print(sweeps.forecast(left, estimate, slots), soft_wrap=True)
-    more = ['--device', device, *(['--data-root', str(data_root)] if data_root else []), *['--bare']*bare]
+    if engine == 'local' and len(left) > 1 and packs.packs(device): packs.pack_first(left, data_root, device, console.print)
+    place = engines.make_engine(engine, settings or {}, cells[0].out, len(left), device, jobs)
+    if len(left) > 1: console.print(sweeps.forecast(left, estimate, place.slots), soft_wrap=True)
+    root = ['--data-root', str(Path(data_root).absolute())] if data_root else []
     with ending_on_term(), sweeps.Watcher(console) as w:
-        ends = sweeps.sweep(cells, engines.Local(slots, threads, cards), more, w.say, w.look)
+        ends = sweeps.sweep(cells, place, ['--device', device, *root, *['--bare']*bare], w.say, w.look)
     one = len({c.id.rpartition('/')[0] + c.id.rpartition('-')[2] for c in cells}) == 1
     console.print(sweeps.seeds_table(cells) if one else sweeps.recipes_table(cells))
     if lost:
@@ -83,6 +85,10 @@ def sweep_(
     order: Annotated[str, typer.Option(help='given, longest or shortest first, by what finished runs took.')] = 'given',
     jobs: Annotated[
         Optional[int], typer.Option(min=1, help='Runs at once; default: as many as cores, or cards.')] = None,
+    engine: Annotated[str, typer.Option(help='Where: local (this machine), ray, slurm.')] = 'local',
+    engine_set: Annotated[
+        Optional[list[str]],
+        typer.Option(help='key=value of the engine, as in cpus=4, gpus=.5, address=auto; may be repeated.')] = None,
     data_root: Root = None,
     out: Out = Path('outputs'),
     device: Device = 'auto',
@@ -90,9 +96,11 @@ def sweep_(
     "Run what is missing of a grid: inline, from a file, or one that a method brings along; the rest is left alone."
     from ltbook.runs.folder import find_runs
     from ltbook.studies import grid as grids
-    from ltbook.studies.engines import side_by_side
+    from ltbook.studies.engines import ENGINES, make_engine, side_by_side
     from ltbook.studies.sweep import ORDERS, forecast, ordered, seconds_of
     one_of(order, ORDERS, 'order')
+    one_of(engine, ENGINES, 'engine')
+    settings = parse_changes(engine_set or [], '--engine-set', 'cpus=2')
     if (what is None) == (method is None):
         raise UserError('Name what to run: --method mislas,sade for a grid, a file such as grid.yaml, '
                         'or a method and its sweep, such as difficulty_net ablation.')
@@ -114,5 +122,10 @@ def sweep_(
             (i, c.name or ', '.join(f'{k}={v}' for k, v in c.changes.items()) or c.recipe.profile,
              'finished' if c.finished else 'not run', c.id) for i, c in enumerate(cells, 1)])
         left = [c for c in cells if not c.finished]
-        console.print(forecast(left, estimate, side_by_side(max(1, len(left)), device, jobs)[0]), soft_wrap=True)
-    else: run_cells(cells, data_root, device, jobs, bare, order)
+        if engine == 'slurm':
+            place = make_engine(engine, settings, out, len(left), device, jobs)
+            print(place.script())
+            slots = place.slots
+        else: slots = side_by_side(max(1, len(left)), device, jobs)[0]
+        if engine != 'ray': console.print(forecast(left, estimate, slots), soft_wrap=True)
+    else: run_cells(cells, data_root, device, jobs, bare, order, engine, settings)

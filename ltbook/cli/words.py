@@ -81,12 +81,14 @@ def print_table(title: str, head: tuple, rows: list) -> None:
 # %% ../../nbs/cli/790_words.ipynb #77642744
 def parse_changes(
     pairs: list[str],  # each 'key=value'
+    option: str = '--set',  # for the message, with
+    example: str = 'mixup_alpha=0.5',
 ) -> dict:  # key -> value
     "Turn `--set` options into changes of a recipe. Raises `UserError` for an option without '='."
     out = {}
     for pair in pairs:
         key, eq, value = pair.partition('=')
-        if not eq: raise UserError(f'--set takes key=value, got {pair!r}. For example: --set mixup_alpha=0.5')
+        if not eq: raise UserError(f'{option} takes key=value, got {pair!r}. For example: {option} {example}')
         try: out[key.strip().replace('-', '_')] = json.loads(value)
         except ValueError: out[key.strip().replace('-', '_')] = value
     return out

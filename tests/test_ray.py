@@ -16,8 +16,8 @@ METHODS = sorted(m.name for m in methods().values() if m.name != 'dlsa')      # 
 
 def begin(out, *more):
     return subprocess.Popen(
-        [sys.executable, '-m', 'ltbook', 'sweep', '--method', ','.join(METHODS), '--seeds', '0..1', '--profile', 'smoke', '--bare',
-         '--out', str(out), *more],
+        [sys.executable, '-m', 'ltbook', 'sweep', '--method', ','.join(METHODS), '--seeds', '0..1', '--profile', 'smoke',
+         '--bare', '--out', str(out), *more],
         env=child_env(1) | dict(COLUMNS='300'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

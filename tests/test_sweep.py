@@ -272,7 +272,8 @@ def test_two_sweeps_on_one_folder_train_every_cell_once(tmp_path):
 def test_sixteen_kernels_at_once(tmp_path):
     "They share no port: each answers for itself"
     page = tmp_path/'a.ipynb'
-    cell = dict(cell_type='code', id='a', metadata={}, outputs=[], execution_count=None, source='import os\nos.getpid()')
+    cell = dict(cell_type='code', id='a', metadata={}, outputs=[], execution_count=None,
+                source='import os; os.getpid()')
     page.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[cell])))
     with ThreadPoolExecutor(16) as pool:
         pages = list(pool.map(lambda i: execute(page, tmp_path/f'{i}.ipynb', {}), range(16)))

@@ -36,7 +36,8 @@ def run_cells(
             prepare(c.recipe, c.out, data_root, device)
             looked.add(c.id.rpartition('-')[2])
     left = [c for c in cells if not c.finished]
-    if engine == 'local' and len(left) > 1 and packs.packs(device): packs.pack_first(left, data_root, device, console.print)
+    if engine == 'local' and len(left) > 1 and packs.packs(device):
+        packs.pack_first(left, data_root, device, console.print)
     place = engines.make_engine(engine, settings or {}, cells[0].out, len(left), device, jobs)
     if len(left) > 1: console.print(sweeps.forecast(left, estimate, place.slots), soft_wrap=True)
     root = ['--data-root', str(Path(data_root).absolute())] if data_root else []

@@ -1,4 +1,4 @@
-# make run   trains MiSLAS on a long-tailed digits set and shows the result (about a minute after installing)
+# make run   trains MiSLAS on a long-tailed digits set, shows the result, writes a report (a minute after installing)
 # make test  checks that notebooks and package agree, runs every page and every test
 # make check under a minute: notebooks and package agree, and the pages that were touched since the last commit run
 PYTHON ?= python3
@@ -9,6 +9,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: run test check faults audit install lab dist-check clean
 run: install
 	$(BIN)/ltbook run mislas digits --profile paper --seed 0
+	@$(BIN)/ltbook report
 
 test: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
@@ -52,7 +53,7 @@ dist-check: install
 	  for f in $(CURDIR)/dist/*.whl $(CURDIR)/dist/*.tar.gz; do \
 	    d=$$(mktemp -d); echo "$$p $$(basename $$f)"; $$p -m venv $$d/env && \
 	    $$d/env/bin/python -m pip install -q --disable-pip-version-check "$$f[workbook]" && (cd $$d && \
-	    for v in bench doctor eval features import list pack run shift show sweep verify; do env/bin/ltbook $$v --help >/dev/null || exit 1; done; \
+	    for v in bench compare doctor eval features import list pack report rm run shift show sweep verify; do env/bin/ltbook $$v --help >/dev/null || exit 1; done; \
 	    env/bin/ltbook run mislas digits --profile smoke && ls outputs/digits/mislas/*/figures/reliability.png) || exit 1; \
 	    rm -rf $$d; done; done
 

@@ -23,8 +23,8 @@ def stage1(context): return representation_stage(context)
 
 register(Method('{name}', 'somebody else', 'nobody', dict(stage1=stage1), Settings, smoke=dict(lr=.01)))
 '''
-VERBS = ['bench', 'compare', 'doctor', 'eval', 'features', 'import', 'list', 'pack', 'rm', 'run', 'shift', 'show',
-         'sweep', 'verify']
+VERBS = ['bench', 'compare', 'doctor', 'eval', 'features', 'import', 'list', 'pack', 'report', 'rm', 'run',
+         'shift', 'show', 'sweep', 'verify']
 
 
 def call(python, *words, cwd, **env):
@@ -145,7 +145,9 @@ def test_requirements_are_declared():
     optional = {re.split('[<>=]', r)[0].lower() for r in cfg['DEFAULT']['workbook_requirements'].split()} | {
         'nbclient',
         'ipython',
-        'timm'}      # the extra of that name
+        'traitlets',
+        'pyzmq',
+        'timm', 'ray', 'submitit'}      # extras
     used = {name for file in (ROOT/'ltbook').rglob('*.py') for name in imported(file)} - {
         *sys.stdlib_module_names,
         'ltbook'}

@@ -8,6 +8,7 @@ import ltbook
 from ltbook.methods.method import methods
 from ltbook.runs.folder import find_runs, load_run
 from ltbook.studies.on_ray import run_there, unpacked
+from ltbook.studies.report import report
 from ltbook.train.processes import child_env
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for processes in /proc')
@@ -16,8 +17,8 @@ METHODS = sorted(m.name for m in methods().values() if m.name != 'dlsa')      # 
 
 def begin(out, *more):
     return subprocess.Popen(
-        [sys.executable, '-m', 'ltbook', 'sweep', '--method', ','.join(METHODS), '--seeds', '0..1', '--profile', 'smoke',
-         '--bare', '--out', str(out), *more],
+        [sys.executable, '-m', 'ltbook', 'sweep', '--method', ','.join(METHODS), '--seeds', '0..1',
+         '--profile', 'smoke', '--bare', '--out', str(out), *more],
         env=child_env(1) | dict(COLUMNS='300'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -87,6 +88,8 @@ def test_two_nodes_lose_a_worker_a_node_and_the_sweep(here, cluster, tmp_path):
     said = second.communicate(timeout=600)[0]
     assert second.returncode == 0, said
     assert numbers(tmp_path) == numbers(here) and len(numbers(here)) == 2*len(METHODS)
+    text = report(find_runs(tmp_path), tmp_path/'report.html').read_text()
+    assert all(f'>{m}</a>' in text for m in METHODS) and text.count('<details id=') == 2*len(METHODS)
     left = [p.name for p in tmp_path.rglob('.*') if p.is_dir() or p.parent == tmp_path]
     assert len(left) == 1 and left[0].startswith('.seen-'), left      # of the sweep that was killed
 

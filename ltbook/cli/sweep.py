@@ -119,10 +119,14 @@ def sweep_(
     if dry_run:
         estimate = seconds_of(find_runs(out))
         cells = ordered(cells, order, estimate)
-        print_table(f'{len(cells)} cells', ('no.', 'recipe', 'state', 'run'), [
-            (i, c.name or ', '.join(f'{k}={v}' for k, v in c.changes.items()) or c.recipe.profile,
-             'finished' if c.finished else 'not run', c.id) for i, c in enumerate(cells, 1)])
         left = [c for c in cells if not c.finished]
+        missing = {c.id for c in left}
+        rows = [(i, c.name or ', '.join(f'{k}={v}' for k, v in c.changes.items()) or c.recipe.profile,
+                 'not run' if c.id in missing else 'finished', c.id) for i, c in enumerate(cells, 1)]
+        if len(rows) <= 200: print_table(f'{len(cells)} cells', ('no.', 'recipe', 'state', 'run'), rows)
+        else:      # a table of thousands takes seconds to lay out
+            for row in rows: typer.echo('  '.join(map(str, row)))
+            console.print(f'{len(cells)} cells')
         if engine == 'slurm':
             place = make_engine(engine, settings, out, len(left), device, jobs)
             print(place.script())

@@ -26,12 +26,18 @@ def register(
 def methods() -> dict:  # name -> `Method`, sorted
     ("All methods by name: of this package, of installed packages (entry points `ltbook.methods`), "
      "of LTBOOK_IMPORT, registered here.")
-    package, mine = importlib.import_module('ltbook.methods'), dict(_methods)
-    for m in pkgutil.iter_modules(package.__path__): importlib.import_module(f'ltbook.methods.{m.name}')
+    mine = dict(_methods)
+    _own()
     _installed()
     for module in filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)): import_methods(module)
     _methods.update(mine)      # what was registered here before counts more than what an import brought
     return dict(sorted(_methods.items()))
+
+@cache
+def _own() -> None:
+    "Import every module of `ltbook.methods`."
+    package = importlib.import_module('ltbook.methods')
+    for m in pkgutil.iter_modules(package.__path__): importlib.import_module(f'ltbook.methods.{m.name}')
 
 @cache
 def _installed() -> None:

@@ -60,7 +60,7 @@ class Run:
     metrics: dict  # stage name, 'final' and 'protocol' -> measures
     env: dict  # where and how it ran
 
-    @property
+    @cached_property
     def id(self) -> str: return run_id(self.recipe)
 
     @property

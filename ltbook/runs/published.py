@@ -38,15 +38,15 @@ def printed_for(
 # test images out of the train part
 ) -> pd.DataFrame:
     "Printed numbers for the same method, data set and imbalance on the balanced test set."
-    t, r = published(), run.recipe
-    if r.hold_out: return t[:0]
-    paper, name = get_method(r.method).printed.get(stage, ('', ''))
-    return t[
-        (t.paper == paper)
-        & (t.method == name)
-        & (t.dataset == NAMES.get(r.dataset))
-        & (t.imbalance == r.imbalance)
-        & (t.test_distribution == 'uniform')]
+    r = run.recipe
+    if r.hold_out: return published()[:0]
+    return _printed(*get_method(r.method).printed.get(stage, ('', '')), NAMES.get(r.dataset), r.imbalance)
+
+@cache
+def _printed(paper: str, name: str, dataset: str | None, imbalance: float | None) -> pd.DataFrame:
+    t = published()
+    return t[(t.paper == paper) & (t.method == name) & (t.dataset == dataset) & (t.imbalance == imbalance)
+             & (t.test_distribution == 'uniform')]
 
 # %% ../../nbs/runs/60_published.ipynb #4fa480fd
 # what a run may have otherwise than the published row

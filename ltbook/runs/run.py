@@ -142,12 +142,10 @@ def collect_metrics(
             selection=context.selection.get(name, 'last'),
             best_on_test=best_on_test([r for r in rows if r['stage'] == name]))
     last = list(out)[-1]
-    rule = protocol(context.parts['test'].labels.cpu(), context.tail.counts, context.recipe.shot_rule)
-    return out | dict(
-        final=out[last] | dict(stage=last),
-        protocol=rule
-        | dict(selection=out[last]['selection'], data_sha256=context.tail.sha256, data=context.fingerprint or None)
-        | context.notes)
+    rule = protocol(context.parts['test'].labels.cpu(), context.tail.counts, context.recipe.shot_rule) | dict(
+        selection=out[last]['selection'], data_sha256=context.tail.sha256, data=context.fingerprint or None,
+        train_counts=[*map(int, context.tail.counts)], parameters=sum(p.numel() for p in context.network.parameters()))
+    return out | dict(final=out[last] | dict(stage=last), protocol=rule | context.notes)
 
 # %% ../../nbs/runs/63_run.ipynb #b3641475
 def write_predictions(

@@ -52,13 +52,13 @@ def compare(
     for r in runs: groups.setdefault((r.recipe.method, r.recipe.dataset, recipe_hash(r.recipe)), []).append(r)
     rows = []
     for same in groups.values():
-        beside, first = [beside_the_paper(r) for r in same], same[0].recipe
-        if beside[0].empty: continue
+        beside, first = beside_the_paper(same[0]), same[0].recipe
+        if beside.empty: continue
         usual = recipe(first.method, first.dataset, first.imbalance, first.profile, start=first.start)
         own = ', '.join(f'{k}={v}' for k, v in changed(first, usual, (*FREE, 'source')).items())
         shape = 'changed' if own else first.profile
-        for i, row in beside[0].iterrows():
-            values = [float(b.ours[i]) for b in beside if len(b) > i and not pd.isna(b.ours[i])]
+        for row in beside.itertuples():
+            values = [100*v for r in same if (v := r.metrics.get(row.stage, {}).get(row.measure)) is not None]
             if not values: continue
             ours, width = float(np.mean(values)), band(values)
             d = ours - row.printed
@@ -105,14 +105,15 @@ def short(
         difference=number(r.difference, '+.1f'), band=number(r.band), verdict=r.verdict) for r in table.itertuples()])
 
 def formatted(
-    table: pd.DataFrame,  # from `compare`
+    table: pd.DataFrame,  # from `compare` or `leaderboard`
     form: str,  # one of `FORMATS`, but not table
+    s: pd.DataFrame | None = None,  # the same in short; None: `short` of it
 ) -> str:
-    "A comparison as text: Markdown and LaTeX (booktabs) of the short one, CSV and JSON of all of it."
+    "A table as text: Markdown and LaTeX (booktabs) of the short one, CSV and JSON of all of it."
     one_of(form, FORMATS[1:], 'format')
     if form == 'csv': return table.to_csv(index=False)
     if form == 'json': return json.dumps(json.loads(table.to_json(orient='records')), indent=1) + '\n'
-    s = short(table)
+    if s is None: s = short(table)
     if form == 'latex': return s.to_latex(index=False, escape=True)
     lines = [[*s.columns], ['---']*len(s.columns), *([str(v).replace('|', '\\|') for v in row] for row in s.values)]
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)

@@ -29,6 +29,7 @@ setup(
     packages=find_packages(include=[name, name + '.*']), package_data={name: ['runs/*.csv']}, include_package_data=True,
     install_requires=cfg['requirements'].split(),
     extras_require={'workbook': workbook, 'dev': workbook + dev, 'timm': ['timm>=1.0'],
-                    'ray': ['ray>=2.40'], 'slurm': ['submitit>=1.5,<2']},
+                    'ray': ['ray>=2.40'], 'slurm': ['submitit>=1.5,<2'],
+                    'onnx': ['onnx>=1.16', 'onnxscript>=0.3']},
     entry_points={'console_scripts': [f'{name}={name}.cli.main:main'], 'nbdev': [f'{name}={name}._modidx:d']},
     cmdclass={'build_py': WithNotebook}, zip_safe=False)

@@ -23,8 +23,8 @@ def stage1(context): return representation_stage(context)
 
 register(Method('{name}', 'somebody else', 'nobody', dict(stage1=stage1), Settings, smoke=dict(lr=.01)))
 '''
-VERBS = ['bench', 'compare', 'doctor', 'eval', 'features', 'import', 'list', 'pack', 'report', 'rm', 'run',
-         'shift', 'show', 'sweep', 'verify']
+VERBS = ['bench', 'compare', 'doctor', 'eval', 'export', 'features', 'import', 'list', 'pack', 'predict',
+         'report', 'rm', 'run', 'shift', 'show', 'sweep', 'verify']
 
 
 def call(python, *words, cwd, **env):
@@ -147,7 +147,7 @@ def test_requirements_are_declared():
         'ipython',
         'traitlets',
         'pyzmq',
-        'timm', 'ray', 'submitit'}      # extras
+        'timm', 'ray', 'submitit', 'onnx', 'onnxscript'}      # extras
     used = {name for file in (ROOT/'ltbook').rglob('*.py') for name in imported(file)} - {
         *sys.stdlib_module_names,
         'ltbook'}

@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check faults audit install lab dist-check clean
+.PHONY: run test check faults audit install lab docs dist-check clean
 run: install
 	$(BIN)/ltbook run mislas digits --profile paper --seed 0
 	@$(BIN)/ltbook report
@@ -45,6 +45,12 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt
 
 lab: install
 	$(BIN)/jupyter lab nbs
+
+# the site in _docs, from the notebooks as they are; nothing is run, no network but for installing
+docs: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]' 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python nbs/site/build.py
 
 # wheel and sdist of the last commit, each into a fresh environment of every Python at hand, run from an empty folder
 dist-check: install

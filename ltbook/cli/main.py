@@ -6,7 +6,8 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/793_main.ipynb #3a02da17
-import ltbook.cli.compare, ltbook.cli.data, ltbook.cli.export, ltbook.cli.runs, ltbook.cli.show, ltbook.cli.sweep
+import ltbook.cli.compare, ltbook.cli.data, ltbook.cli.export, ltbook.cli.new
+import ltbook.cli.runs, ltbook.cli.show, ltbook.cli.sweep
 from .words import app
 
 def main():

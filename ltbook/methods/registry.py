@@ -6,7 +6,7 @@
 __all__ = ['register', 'methods', 'import_methods', 'get_method']
 
 # %% ../../nbs/methods/500_registry.ipynb #a9d63531
-import importlib, importlib.util, os, pkgutil, sys, warnings
+import importlib, json, os, pkgutil, sys, types, warnings
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -48,17 +48,24 @@ def _installed() -> None:
             warnings.warn(f'The methods of {point.value} cannot be loaded ({type(e).__name__}: {e}).',
                           stacklevel=2)
 
+def _exported(text: str) -> str:
+    "The code of a notebook whose cells begin with `#| export`."
+    cells = [''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'code']
+    return '\n\n'.join(c for c in cells if c.startswith('#| export'))
+
 @cache
 def import_methods(
-    module: str,  # a.b.c, found from the current folder on, or a file ending in .py
+    module: str,  # a.b.c, found from the current folder on, or a file ending in .py or .ipynb
 ) -> None:
     "Import a module that registers methods. Raises `UserError` with its own error."
     try:
-        if module.endswith('.py'):
-            spec = importlib.util.spec_from_file_location(f'ltbook_import_{Path(module).stem}', module)
-            sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            try: spec.loader.exec_module(sys.modules[spec.name])
-            except BaseException: del sys.modules[spec.name]; raise
+        if module.endswith(('.py', '.ipynb')):
+            name, text = f'ltbook_import_{Path(module).stem}', Path(module).read_text(encoding='utf-8')
+            if module.endswith('.ipynb'): text = _exported(text)
+            sys.modules[name] = made = types.ModuleType(name)
+            made.__file__ = module
+            try: exec(compile(text, module, 'exec'), made.__dict__)
+            except BaseException: del sys.modules[name]; raise
         else:
             if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
             importlib.import_module(module)

@@ -13,13 +13,11 @@ from hashlib import sha256
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-import matplotlib.pyplot as plt
 import pandas as pd
 from jinja2 import Environment
 from PIL import Image
 from ..data.checks import UserError
 from ..methods.recipe import flat
-from ..plots.frontier import plot_frontier
 from ..runs.folder import Run
 from .compare import compare, short
 from .leaderboard import leaderboard, short_board
@@ -39,7 +37,7 @@ def data_uri(
 ) -> str:  # for the `src` of an image
     "A picture as part of a page, with at most 64 colours."
     image, out = Image.open(BytesIO(png)).convert('RGB'), BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(out, 'PNG', optimize=False)
+    image.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, 'PNG', compress_level=6)
     return 'data:image/png;base64,' + base64.b64encode(min(png, out.getvalue(), key=len)).decode()
 
 def figures_of(
@@ -230,6 +228,8 @@ def _tables(runs: list[Run], board: pd.DataFrame) -> list[dict]:
     return out
 
 def _frontiers(board: pd.DataFrame) -> list[dict]:
+    import matplotlib.pyplot as plt
+    from ltbook.plots.frontier import plot_frontier
     out = []
     for (dataset, imbalance), t in board.groupby(['dataset', 'imbalance'], dropna=False):
         if t.minutes.notna().sum() < 3: continue

@@ -43,13 +43,13 @@ def child_env(
     return dict(os.environ) | count | dict(PYTHONPATH=path, PYTHONUNBUFFERED='1')
 
 def note_import(
-    module: str,  # a.b.c, or a file ending in .py; see `ltbook.methods.method.import_methods`
+    module: str,  # a.b.c, or a file ending in .py or .ipynb; see `ltbook.methods.method.import_methods`
 ) -> None:
     "Have this process, and those it starts, import a module with methods when they look for one."
     known = list(filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)))
     if not module.isprintable():
         raise UserError(f'{printable(module)} cannot be imported: name a module such as a.b.c, or a file.')
-    if module.endswith('.py'): module = str(Path(module).absolute())
+    if module.endswith(('.py', '.ipynb')): module = str(Path(module).absolute())
     if module not in known: os.environ['LTBOOK_IMPORT'] = os.pathsep.join([*known, module or '(no name)'])
 
 def start(

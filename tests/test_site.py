@@ -1,0 +1,61 @@
+"What the site tells people to type: every command exists, and those for the authors' users run at a small size"
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import ltbook.cli.main
+from ltbook.cli.words import app
+
+SITE = Path(__file__).resolve().parents[1]/'nbs'/'site'
+LINES = [(p.name, line.strip()) for p in sorted(SITE.glob('*.md')) for block in re.findall(
+    r'^```\n(.*?)^```', p.read_text(), re.S | re.M) for line in block.splitlines() if line.startswith('ltbook ')]
+ROWS = [w for row in (SITE/'authors.md').read_text().splitlines() if row.startswith('|')
+        for w in re.findall(r'`(ltbook [^`]+)`', row.split('|')[3])]
+
+
+@pytest.mark.parametrize('page, line', LINES, ids=lambda v: v if v.endswith('.md') else '')
+def test_commands_exist(page, line):
+    "Verb, options and number of arguments are those of the command line"
+    verb, *words = shlex.split(line)[1:]
+    command = typer.main.get_command(app)
+    if '--import' in words: del words[words.index('--import'):words.index('--import') + 2]
+    assert verb in command.commands, line
+    command.commands[verb].make_context(verb, words)      # raises for what it doesn't know
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory): return tmp_path_factory.mktemp('authors')
+
+
+def call(*words):
+    p = CliRunner().invoke(app, [*map(str, words)], env=dict(COLUMNS='300'))
+    assert p.exit_code == 0, p.output
+    return p.output
+
+
+@pytest.mark.parametrize('row', ROWS)
+def test_rows_for_the_authors_users_run(row, place):
+    "On digits, a smoke run each"
+    _, verb, *words = shlex.split(row)
+    method = words[0] if verb == 'run' else 'sade' if verb == 'shift' else 'mislas'
+    small = ['--profile', 'smoke', '--bare', '--out', place]
+    if method == 'dlsa':      # NAME is what `features` has written
+        call('features', *found('mislas', place, small), '--data-root', place/'data')
+        name = next(p.name for p in (place/'data').iterdir() if p.is_dir())
+        call('run', 'dlsa', name, '--data-root', place/'data', *small)
+        return
+    if 'RUN' in words: words[words.index('RUN')] = found(method, place, small)[0]
+    if '--imbalance' in words: del words[words.index('--imbalance'):words.index('--imbalance') + 2]
+    words = ['digits' if w in ('cifar100', 'imagenet_lt') else w for w in words]
+    call(verb, *words, *(small if verb == 'run' else ['--out', place]))
+
+
+def found(method, place, small):
+    if not (runs := sorted(place.glob(f'digits/{method}/*/done.json'))):
+        call('run', method, 'digits', *small)
+        runs = sorted(place.glob(f'digits/{method}/*/done.json'))
+    return [runs[0].parent]

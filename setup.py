@@ -32,6 +32,7 @@ setup(
     extras_require={'workbook': workbook, 'dev': workbook + dev, 'timm': ['timm>=1.0'],
                     'ray': ['ray>=2.40'], 'slurm': ['submitit>=1.5,<2'],
                     'onnx': ['onnx>=1.16', 'onnxscript>=0.3'],
+                    'tensorboard': ['tensorboard>=2.14'], 'mlflow': ['mlflow>=2.10'], 'wandb': ['wandb>=0.16'],
                     'docs': ['sphinx>=8', 'myst-nb>=1.2', 'furo', 'latex2mathml>=3.77']},
     entry_points={'console_scripts': [f'{name}={name}.cli.main:main'], 'nbdev': [f'{name}={name}._modidx:d']},
     cmdclass={'build_py': WithNotebook}, zip_safe=False)

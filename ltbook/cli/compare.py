@@ -14,7 +14,7 @@ from .words import Out, app, console, print_table
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/794_compare.ipynb #92467fcc
-@app.command('compare')
+@app.command('compare', rich_help_panel='Results')
 def compare_(
     method: Annotated[Optional[list[str]], typer.Option(help='Only these; may be repeated.')] = None,
     dataset: Annotated[Optional[str], typer.Option(help='Only this data set.')] = None,
@@ -50,7 +50,7 @@ def compare_(
     print_table('all methods, percent' if board else 'printed and ours, percent', tuple(s.columns), s.values.tolist())
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
 
-@app.command('rm')
+@app.command('rm', rich_help_panel='Results')
 def rm_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask.')] = False,
@@ -68,7 +68,7 @@ def rm_(
     console.print(f'removed {folder}', soft_wrap=True)
 
 # %% ../../nbs/cli/794_compare.ipynb #440ce179
-@app.command('report')
+@app.command('report', rich_help_panel='Results')
 def report_(
     runs: Annotated[Optional[list[str]], typer.Argument(help='Runs; without any, all finished ones.')] = None,
     to: Annotated[Optional[Path], typer.Option(help='The file; default: report.html in the folder of --out.')] = None,

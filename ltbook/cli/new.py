@@ -156,7 +156,7 @@ def skeleton(
     kernel = dict(display_name='python3', language='python', name='python3')
     return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
-@app.command('new')
+@app.command('new', rich_help_panel='Train')
 def new_(
     kind: Annotated[str, typer.Argument(help='method or dataset.')],
     name: Annotated[str, typer.Argument(help='Letters, digits and _.')]):

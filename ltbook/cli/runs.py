@@ -15,7 +15,7 @@ from .show import show_run
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/791_runs.ipynb #5f313fb6
-@app.command('list')
+@app.command('list', rich_help_panel='Data')
 def list_(
     what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all',
     data_root: Root = None):
@@ -47,7 +47,7 @@ def list_(
                 for p in m.recipes])
 
 # %% ../../nbs/cli/791_runs.ipynb #9691124c
-@app.command('run')
+@app.command('run', rich_help_panel='Train')
 def run_(
     method: Annotated[str, typer.Argument(help='A name from `ltbook list methods`.')],
     dataset: Annotated[
@@ -86,12 +86,15 @@ def run_(
         int, typer.Option(help='Pieces of a batch that go through the network one after the other: less memory.')] = 1,
     batchnorm: Annotated[
         str, typer.Option(help='Statistics of several processes: synced, or each its own.')] = 'synced',
+    track: Annotated[
+        Optional[str], typer.Option(help='Also tell tensorboard, mlflow or wandb (offline) about it.')] = None,
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Train a method on a data set; go on with a run that was stopped."
     from ltbook.runs.folder import load_run, resolve_run, run_id
     from ltbook.runs.notebook import DEFAULTS, find_notebook, recipe_of, run_notebook
     from ltbook.runs.progress import Reporter
     from ltbook.runs.run import prepare, run
+    from ltbook.runs.tracking import tracked
     from ltbook.train.compute import find_device, slow_bf16
     from ltbook.train.ranks import Sharing, launched
 
@@ -141,15 +144,17 @@ def run_(
         console.print('This processor has no instructions for bf16 and emulates it: --precision fp32 is several times '
                       'faster here (and another recipe, with a folder of its own).', soft_wrap=True)
     if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
-    with Reporter(console) as r:
+    with Reporter(console) as r, tracked(track, recipe, out) as t:
+        def report(row): r.report(row); t.row(row)
         if notebook is None or (finished and (folder/'run.ipynb').exists()):
-            folder = run(recipe, out, data_root, device, first, r.report, r.on_step, say=r.say, sharing=sharing)
+            folder = run(recipe, out, data_root, device, first, report, r.on_step, say=r.say, sharing=sharing)
         else:
-            run_notebook(notebook, recipe, words, extra, r.show, r.report, r.say)
+            run_notebook(notebook, recipe, words, extra, r.show, report, r.say)
+        t.end(load_run(folder))
     if not (place and place[0]): show_run(load_run(folder))
 
 # %% ../../nbs/cli/791_runs.ipynb #2ec109e3
-@app.command('verify')
+@app.command('verify', rich_help_panel='Results')
 def verify_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are checked.')] = None,
     out: Out = Path('outputs')):
@@ -170,7 +175,7 @@ def verify_(
     if older: console.print(f'{older} are older than hashes: nothing says what was written.')
 
 # %% ../../nbs/cli/791_runs.ipynb #5f50bf75
-@app.command('eval')
+@app.command('eval', rich_help_panel='Results')
 def eval_(
     run: Annotated[str, typer.Argument(help='A finished run.')],
     shot_rule: Annotated[

@@ -70,7 +70,7 @@ def show_two(
     print_table('result, percent', ('stage', 'measure', one.id, two.id, 'difference'), rows)
 
 # %% ../../nbs/cli/795_show.ipynb #bd1b59c9
-@app.command('show')
+@app.command('show', rich_help_panel='Results')
 def show_(
     run: Annotated[Optional[list[str]], typer.Argument(help='A run, or two to see in what they differ; without one, '
                                                             'all finished runs are listed.')] = None,

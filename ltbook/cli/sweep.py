@@ -66,7 +66,7 @@ def seed_cells(
     return seeded(recipe_of(words | dict(seed=seeds[0]), extra), seeds, changes, words['out'])
 
 # %% ../../nbs/cli/796_sweep.ipynb #67e293bc
-@app.command('sweep')
+@app.command('sweep', rich_help_panel='Train')
 def sweep_(
     what: Annotated[
         Optional[str], typer.Argument(help='A grid file (.yaml, .toml), or a method that brings sweeps along.')] = None,

@@ -190,6 +190,21 @@ def papers():
     (SRC/'papers.md').write_text('\n'.join(text))
 
 
+def differences():
+    "Cells that are tagged `paper-and-code`, under the titles of their pages."
+    text = ['# Where papers and code differ', '', (HERE/'differences.md').read_text(), '']
+    for file in sorted((ROOT/'nbs').glob('*/*.ipynb')):
+        nb = json.loads(file.read_text())
+        found = [''.join(c['source']) for c in nb['cells'] if 'paper-and-code' in c['metadata'].get('tags', ())]
+        if not found: continue
+        at = f'{file.parent.name}/{file.name}'
+        text += [f'## {title_of(nb)}', '', f'From [this page]({at}).', '']
+        for cell in found:      # links as on their page, headings as plain words
+            moved = re.sub(r'\]\((\.\./)+', '](', re.sub(r'\]\((\d+\w*\.ipynb)', fr']({file.parent.name}/\1', cell))
+            text += [re.sub(r'^#+ (.*)$', r'**\1**', moved, flags=re.M), '']
+    (SRC/'differences.md').write_text('\n'.join(text))
+
+
 class Links(HTMLParser):
     def __init__(self): super().__init__(); self.ids, self.to = set(), []
     def handle_starttag(self, tag, attrs):
@@ -226,11 +241,12 @@ def main(out):
         copy_pages()
         api()
         papers()
+        differences()
         for name, to in TEXTS.items():
             text = relinked((ROOT/name).read_text(), str(Path(name).parent))
             (SRC/to).write_text(text)
         for file in (*HERE.glob('*.md'), HERE/'conf.py'):
-            if file.name == 'papers.md': continue      # the first lines of a page that is made
+            if file.name in ('papers.md', 'differences.md'): continue      # the first lines of a page that is made
             text = file.read_text()
             (SRC/file.name).write_text(relinked(text, 'nbs/site') if file.suffix == '.md' else text)
         (SRC/'_static').mkdir()

@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check faults audit install lab docs dist-check clean
+.PHONY: run test check faults audit install lab explore docs dist-check clean
 run: install
 	$(BIN)/ltbook run mislas digits --profile paper --seed 0
 	@$(BIN)/ltbook report
@@ -44,7 +44,12 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt
 	@touch $@
 
 lab: install
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/explore/82_start.ipynb
+
+# the pages to play with, without their code, in a browser
+explore: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lab]'
+	$(BIN)/voila nbs/explore
 
 # the site in _docs, from the notebooks as they are; nothing is run, no network but for installing
 docs: install

@@ -33,6 +33,7 @@ setup(
                     'ray': ['ray>=2.40'], 'slurm': ['submitit>=1.5,<2'],
                     'onnx': ['onnx>=1.16', 'onnxscript>=0.3'],
                     'tensorboard': ['tensorboard>=2.14'], 'mlflow': ['mlflow>=2.10'], 'wandb': ['wandb>=0.16'],
+                    'lab': workbook + ['voila>=0.5'],
                     'docs': ['sphinx>=8', 'myst-nb>=1.2', 'furo', 'latex2mathml>=3.77']},
     entry_points={'console_scripts': [f'{name}={name}.cli.main:main'], 'nbdev': [f'{name}={name}._modidx:d']},
     cmdclass={'build_py': WithNotebook}, zip_safe=False)

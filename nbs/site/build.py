@@ -27,7 +27,7 @@ ROOT = HERE.parents[1]
 PARTS = dict(
     data='Data', models='Networks', losses='Losses', measure='Measures', train='Training', methods='Methods',
     runs='Runs', studies='Many runs', plots='Figures', bench='Speed', cli='Command line', experiments='Experiments',
-    analysis='Analyses')
+    analysis='Analyses', explore='To play with')
 TEXTS = {'LOG.md': 'log.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md',
          'outputs/README.md': 'results.md'}
 DIRECTIVE = re.compile(r'^#\|\s*(\w+).*\n?', re.M)

@@ -49,7 +49,8 @@ def browser():
 def test_something_is_moved_and_the_figure_follows(served, browser, name, kind):
     page, errors = browser.new_page(viewport=dict(width=1280, height=1400)), []
     page.on('pageerror', lambda e: errors.append(str(e)))
-    page.route(lambda url: not url.startswith(('http://127.0.0.1', 'ws:', 'data:', 'blob:')), lambda route: route.abort())
+    elsewhere = lambda url: not url.startswith(('http://127.0.0.1', 'ws:', 'data:', 'blob:'))
+    page.route(elsewhere, lambda route: route.abort())
     page.goto(f'{served}/voila/render/{name}.ipynb', timeout=120_000, wait_until='commit')
     page.locator('img[src^="data:image/png"]').first.wait_for(timeout=120_000)
     pictures = lambda: [p.get_attribute('src') for p in page.locator('img[src^="data:image/png"]').all()]

@@ -8,9 +8,11 @@ __all__ = ['UNLISTED', 'run_id', 'open_folder', 'Run', 'load_run', 'scan_runs', 
 
 # %% ../../nbs/runs/62_folder.ipynb #b7214ade
 import shlex, warnings
+from base64 import b64encode
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Annotated
 import h5py, numpy as np, pandas as pd
@@ -77,6 +79,19 @@ class Run:
     def again(self) -> str:
         "The command that makes the run once more, in another place."
         return self.env.get('command', 'ltbook run').split(' --out ')[0] + ' --out again'
+
+    def _repr_html_(self) -> str:
+        "What a notebook shows: the measures of every stage, and the reliability diagram where it was drawn."
+        keys = dict(top1='top-1', many='many', medium='medium', few='few', ece15='ECE')
+        head = ''.join(f'<th>{k}</th>' for k in ('stage', *keys.values()))
+        def number(v): return 'n/a' if v is None else f'{100*v:.1f}'
+        rows = ''.join(f'<tr><td>{escape(s)}</td>' + ''.join(f'<td>{number(self.metrics[s][k])}</td>' for k in keys)
+                       + '</tr>' for s in self.stages)
+        drawn, picture = self.path/'figures'/'reliability.png', ''
+        if drawn.exists():
+            data = b64encode(drawn.read_bytes()).decode()
+            picture = f'<img alt="reliability diagrams" style="max-width: 32em" src="data:image/png;base64,{data}">'
+        return f'<p><b>{escape(self.id)}</b>, percent</p><table><tr>{head}</tr>{rows}</table>{picture}'
 
     @cached_property
     def history(self) -> pd.DataFrame:

@@ -64,7 +64,7 @@ dist-check: install
 	  for f in $(CURDIR)/dist/*.whl $(CURDIR)/dist/*.tar.gz; do \
 	    d=$$(mktemp -d); echo "$$p $$(basename $$f)"; $$p -m venv $$d/env && \
 	    $$d/env/bin/python -m pip install -q --disable-pip-version-check "$$f[workbook]" && (cd $$d && \
-	    for v in bench compare doctor eval export features import list pack predict report rm run shift show sweep verify; do env/bin/ltbook $$v --help >/dev/null || exit 1; done; \
+	    for v in bench compare doctor eval export features import list new pack predict report rm run shift show sweep verify; do env/bin/ltbook $$v --help >/dev/null || exit 1; done; \
 	    env/bin/ltbook run mislas digits --profile smoke && ls outputs/digits/mislas/*/figures/reliability.png) || exit 1; \
 	    rm -rf $$d; done; done
 

@@ -23,7 +23,7 @@ def stage1(context): return representation_stage(context)
 
 register(Method('{name}', 'somebody else', 'nobody', dict(stage1=stage1), Settings, smoke=dict(lr=.01)))
 '''
-VERBS = ['bench', 'compare', 'doctor', 'eval', 'export', 'features', 'import', 'list', 'pack', 'predict',
+VERBS = ['bench', 'compare', 'doctor', 'eval', 'export', 'features', 'import', 'list', 'new', 'pack', 'predict',
          'report', 'rm', 'run', 'shift', 'show', 'sweep', 'verify']
 
 

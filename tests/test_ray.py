@@ -10,6 +10,7 @@ from ltbook.runs.folder import find_runs, load_run
 from ltbook.studies.on_ray import run_there, unpacked
 from ltbook.studies.report import report
 from ltbook.train.processes import child_env
+from watching import numbers, processes
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for processes in /proc')
 METHODS = sorted(m.name for m in methods().values() if m.name != 'dlsa')      # it needs features of a run
@@ -22,27 +23,12 @@ def begin(out, *more):
         env=child_env(1) | dict(COLUMNS='300'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def processes(*words):
-    "Processes whose command line has all these words, as (process, its parent)"
-    found = []
-    for p in Path('/proc').glob('[0-9]*'):
-        try:
-            line = (p/'cmdline').read_bytes().decode().replace('\0', ' ')
-            parent = int((p/'stat').read_text().rpartition(')')[2].split()[1])
-        except (OSError, ValueError): continue
-        if all(w in line for w in words) and int(p.name) != os.getpid(): found.append((int(p.name), parent))
-    return found
-
-
 def until(what, seconds=240):
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, 'waited in vain'
         time.sleep(.05)
     return found
-
-
-def numbers(out): return {r.id: r.metrics for r in find_runs(out)}
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ from ltbook.methods.recipe import recipe
 from ltbook.runs.folder import find_runs, run_id
 from ltbook.studies.report import report
 from ltbook.train.processes import child_env
+from watching import BROWSER, browser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,19 +70,11 @@ def test_a_dry_run_of_ten_thousand_cells(tmp_path):
     assert '10000 cells' in said and spent() - began < 5
 
 
-def browser():
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: return None
-    return sync_playwright if (shutil.which('chromium') or shutil.which('google-chrome')) else None
-
-
-@pytest.mark.skipif(not browser(), reason='needs playwright and a chromium')
+@pytest.mark.skipif(not BROWSER, reason='needs playwright and a chromium')
 def test_in_a_browser(tmp_path):
     "Sorted and filtered by keys; no error, no request, nothing wider than the window"
     file = report(find_runs(ROOT/'outputs'), tmp_path/'report.html')
-    with browser()() as p:
-        chrome = p.chromium.launch(executable_path=shutil.which('chromium') or shutil.which('google-chrome'),
-                                   args=['--no-sandbox'])
+    with browser() as chrome:
         for width in (1280, 390):
             page, errors, asked = chrome.new_page(viewport=dict(width=width, height=900)), [], []
             page.on('console', lambda m: errors.append(m.text))
@@ -106,4 +99,3 @@ def test_in_a_browser(tmp_path):
             page.locator('details[open] pre').first.wait_for()
             assert page.locator('details[open]').count() == 1
             assert not errors and {u for u in asked if not u.startswith('data:')} == {file.as_uri()}
-        chrome.close()

@@ -18,6 +18,7 @@ from ltbook.runs.notebook import execute
 from ltbook.studies.grid import choose, is_row, method_grid
 from ltbook.studies.sweep import how_it_ended, sweep
 from ltbook.train.processes import child_env
+from watching import numbers, processes
 
 
 class TestGrid:
@@ -228,19 +229,6 @@ def begin(out, *words):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def numbers(out): return {r.id: r.metrics for r in find_runs(out)}
-
-
-def children(pid):
-    "Processes of a run that a sweep has started"
-    found = []
-    for p in Path('/proc').glob('[0-9]*/stat'):
-        try: parent = int(p.read_text().rpartition(')')[2].split()[1])
-        except (OSError, ValueError): continue
-        if parent == pid: found.append(int(p.parent.name))
-    return found
-
-
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='looks for children in /proc')
 def test_a_killed_cell_and_a_killed_sweep_change_no_number(tmp_path):
     "SIGKILL of a worker, then of the sweep; the same command ends with the same metrics"
@@ -248,8 +236,9 @@ def test_a_killed_cell_and_a_killed_sweep_change_no_number(tmp_path):
     assert quiet.wait(300) == 0, quiet.stdout.read()
     first = begin(tmp_path/'hit')
     until = time.monotonic() + 60
-    while not (born := children(first.pid)) and time.monotonic() < until: time.sleep(.05)
-    os.kill(born[0], signal.SIGKILL)
+    def born(): return [p for p, parent in processes() if parent == first.pid]
+    while not born() and time.monotonic() < until: time.sleep(.05)
+    os.kill(born()[0], signal.SIGKILL)
     for line in first.stdout:
         if 'killed, once more later' in line: break
     else: raise AssertionError('the sweep did not notice')

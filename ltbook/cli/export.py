@@ -6,7 +6,6 @@
 __all__ = ['predict_', 'export_']
 
 # %% ../../nbs/cli/797_export.ipynb #ca6d3d76
-import csv
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -30,18 +29,13 @@ def predict_(
     from ltbook.runs.export import from_export
     from ltbook.runs.folder import resolve_run
     from ltbook.train.compute import find_device
-    from ltbook.train.files import write_atomic
+    from ltbook.train.files import write_rows
     one_of(fit, FITS, 'way to fit')
     files = find_pictures(folder)
     if (Path(model)/'config.json').exists(): network = from_export(model).to(find_device(device))
     else: network = classifier_of(resolve_run(model, out), data_root, device)
     rows = [*predict_pictures(network, files, fit)]
-    def write(p):
-        with p.open('w', newline='', encoding='utf-8') as f:
-            table = csv.DictWriter(f, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-    try: write_atomic(to, write)
+    try: write_rows(to, rows)
     except OSError as e: raise UserError(f'Cannot write {to}: {e.strerror}. Choose another place with --to.') from None
     bad = sum(bool(r['error']) for r in rows)
     common = ', '.join(f'{k} {n}' for k, n in Counter(r['class'] for r in rows if r['class']).most_common(5))

@@ -36,7 +36,7 @@ def show_run(run) -> None:
     console.print(f'data      {known}', soft_wrap=True)
     console.print(f'run       {run.path}', soft_wrap=True)
     if (run.path/'run.ipynb').exists(): console.print(f'notebook  {run.path/"run.ipynb"}', soft_wrap=True)
-    for f in sorted(run.path.glob('figures/*.png')): console.print(f'figure    {f}', soft_wrap=True)
+    for f in run.figures: console.print(f'figure    {f}', soft_wrap=True)
 
 # %% ../../nbs/cli/795_show.ipynb #9f150b39
 def about_run(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'FULL_SCALES', 'FITS', 'SUFFIXES', 'LEFT_BEHIND', 'values_of', 'full_scale', 'to_rgb', 'fit_square', 'cut_off',
-           'class_folders', 'find_parts', 'Reading', 'Seen', 'scale_of', 'read_square', 'read_part', 'class_table']
+           'is_picture', 'class_folders', 'find_parts', 'Reading', 'Seen', 'scale_of', 'read_square', 'read_part',
+           'class_table']
 
 # %% ../../nbs/data/020_pictures.ipynb #0769579c
 import os, tempfile, warnings
@@ -96,6 +97,12 @@ LEFT_BEHIND = {'__macosx', 'thumbs.db', 'desktop.ini', '@eadir'}
 
 def _wanted(p: Path) -> bool: return p.name[0] != '.' and p.name.lower() not in LEFT_BEHIND
 
+def is_picture(
+    p: Path,  # a file
+) -> bool:
+    "Whether its name is that of a picture, and not of what a system leaves behind."
+    return _wanted(p) and p.suffix.lower() in SUFFIXES
+
 def class_folders(
     folder: Path,  # one folder a class
 ) -> dict[str, list[Path]]:  # class name -> its picture files, both sorted; a class may have none
@@ -104,7 +111,7 @@ def class_folders(
     if len(classes) < 2:
         raise UserError(f'{folder} must hold at least 2 class folders, found {len(classes)}: '
                         'put the pictures of each class into a folder of its own.')
-    return {printable(d.name): sorted(p for p in d.iterdir() if _wanted(p) and p.suffix.lower() in SUFFIXES)
+    return {printable(d.name): sorted(p for p in d.iterdir() if is_picture(p))
             for d in classes}
 
 # %% ../../nbs/data/020_pictures.ipynb #ae2570b3

@@ -7,18 +7,18 @@ __all__ = ['CARD', 'SCRIPT', 'NAMES', 'from_export', 'model_card', 'export', 'to
 
 # %% ../../nbs/runs/662_export.ipynb #f96db5a3
 import json, shutil, tempfile
-from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load
+import ltbook
 from ..data.checks import UserError
 from ..data.images import ImageData
 from ..data.profile import LongTail
 from ..data.stores import ImageSet
 from ..methods.method import Context, get_method
 from ..methods.recipe import Recipe
-from .classifier import Classifier, classifier_of
+from .classifier import Classifier, trained_classifier
 from .folder import Run
 from .run import make_context
 from ..train.files import Damaged, checked, load_weights, read_json, save_weights
@@ -126,7 +126,7 @@ def model_card(
     sizes = ', '.join(f'{n} {g}-shot' for g, n in p['group_sizes'].items())
     return CARD.format(
         license=license, method=r.method, name=f'{r.method}-{r.dataset}-{r.seed}', dataset=r.dataset, setting=setting,
-        title=get_method(r.method).title, paper=get_method(r.method).paper, version=version('ltbook'),
+        title=get_method(r.method).title, paper=get_method(r.method).paper, version=ltbook.__version__,
         metrics='\n'.join(f'    - {{type: {k}, value: {v:.4f}}}' for k, v in known.items()),
         table='\n'.join(f'| {k} | {100*v:.1f} % |' for k, v in known.items()),
         protocol=f'Measured on {p["n_test"]:,} test images after the last epoch; one seed. '
@@ -146,9 +146,10 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder/'config.json').exists():
         raise UserError(f'{folder} is in the way: name a folder that does not exist yet.')
-    network, context = classifier_of(run, root, 'cpu'), make_context(run.recipe, root, 'cpu')
+    context = make_context(run.recipe, root, 'cpu')
+    network = trained_classifier(run, context)
     config = dict(
-        format='ltbook-1', ltbook=version('ltbook'), model_type='ltbook', architectures=[run.recipe.backbone],
+        format='ltbook-1', ltbook=ltbook.__version__, model_type='ltbook', architectures=[run.recipe.backbone],
         recipe=json.loads(run.recipe.model_dump_json()), classes=list(network.classes), counts=list(network.counts),
         parts={k: v.counts.tolist() for k, v in context.parts.items() if isinstance(v, ImageSet)},
         shape=list(network.shape), mean=list(network.mean), std=list(network.std),
@@ -162,7 +163,8 @@ def export(
             for name, text in (('config.json', json.dumps(config, indent=1)), ('predict.py', SCRIPT),
                                ('README.md', model_card(run, network, license))):
                 (made/name).write_text(text, encoding='utf-8')
-            _same(network, made, context.parts['test'].images[:8], run)
+            some = torch.arange(min(8, len(context.parts['test'])))
+            _same(network, made, context.parts['test'].gather(some), run)
             if onnx: to_onnx(network, made/'model.onnx')
             if folder.exists(): shutil.rmtree(folder)
             made.rename(folder)

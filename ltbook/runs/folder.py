@@ -80,6 +80,11 @@ class Run:
         "The command that makes the run once more, in another place."
         return self.env.get('command', 'ltbook run').split(' --out ')[0] + ' --out again'
 
+    @property
+    def figures(self) -> list[Path]:
+        "What it drew, by name."
+        return sorted(self.path.glob('figures/*.png'))
+
     def _repr_html_(self) -> str:
         "What a notebook shows: the measures of every stage, and the reliability diagram where it was drawn."
         keys = dict(top1='top-1', many='many', medium='medium', few='few', ece15='ECE')

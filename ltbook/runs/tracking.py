@@ -54,7 +54,7 @@ class TensorBoard:
         import numpy as np
         from PIL import Image
         for k, v in results_of(run).items(): self.writer.add_scalar(f'result/{k}', v)
-        for f in sorted(run.path.glob('figures/*.png')):
+        for f in run.figures:
             self.writer.add_image(f.stem, np.asarray(Image.open(f).convert('RGB')), dataformats='HWC')
 
     def close(self) -> None: self.writer.close()
@@ -79,7 +79,7 @@ class MLflow:
 
     def end(self, run: Run) -> None:
         self.mlflow.log_metrics(results_of(run))
-        for f in sorted(run.path.glob('figures/*.png')): self.mlflow.log_artifact(str(f), 'figures')
+        for f in run.figures: self.mlflow.log_artifact(str(f), 'figures')
 
     def close(self) -> None: self.mlflow.end_run()
 
@@ -99,7 +99,7 @@ class WandB:
 
     def end(self, run: Run) -> None:
         self.run.summary.update(results_of(run))
-        self.run.log({f.stem: self.wandb.Image(str(f)) for f in sorted(run.path.glob('figures/*.png'))})
+        self.run.log({f.stem: self.wandb.Image(str(f)) for f in run.figures})
 
     def close(self) -> None: self.run.finish()
 

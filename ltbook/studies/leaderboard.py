@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 from ..data.checks import UserError
 from ..data.profile import long_tail_counts
-from ..methods.recipe import changed, recipe, recipe_hash
 from ..runs.folder import Run
-from ..runs.published import FREE
+from .compare import own_changes, seeds_together
 
 # %% ../../nbs/studies/6942_leaderboard.ipynb #0627c573
 def skewed(
@@ -55,18 +54,15 @@ def leaderboard(
     runs: Iterable[Run],  # finished; seeds of one recipe are put together
 ) -> pd.DataFrame:  # a row a recipe, with `BOARD`; best accuracy first within data set, imbalance and profile
     "Every method in every respect. `_sd` is that of the seeds, NaN for a single one."
-    groups: dict[tuple, list[Run]] = {}
-    for r in runs: groups.setdefault((r.recipe.dataset, r.recipe.method, recipe_hash(r.recipe)), []).append(r)
     rows = []
-    for same in groups.values():
+    for same in seeds_together(runs):
         first = same[0].recipe
-        usual = recipe(first.method, first.dataset, first.imbalance, first.profile, start=first.start)
         every = pd.DataFrame([scores(r) for r in same])
         seconds = [r.env.get('train_seconds') for r in same]
         rows.append(dict(
             dataset=first.dataset, imbalance=first.imbalance, profile=first.profile, method=first.method,
-            changes=', '.join(f'{k}={v}' for k, v in changed(first, usual, (*FREE, 'source')).items()),
-            stage=same[0].metrics['final']['stage'], seeds=len(same), **every.mean(skipna=False),
+            changes=own_changes(first), stage=same[0].metrics['final']['stage'], seeds=len(same),
+            **every.mean(skipna=False),
             **{f'{k}_sd': v for k, v in (every.std() if len(same) > 1 else every.iloc[0]*float('nan')).items()},
             epochs=_epochs(same[0]), minutes=None if None in seconds else float(np.mean(seconds))/60,
             parameters=same[0].metrics['protocol'].get('parameters'), runs=' '.join(r.id for r in same)))

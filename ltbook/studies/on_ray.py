@@ -6,14 +6,14 @@
 __all__ = ['packed', 'unpacked', 'run_there', 'Ray']
 
 # %% ../../nbs/studies/683_on_ray.ipynb #ad195a3e
-import io, os, shutil, signal, sys, tarfile, tempfile, time, uuid
+import io, os, shutil, signal, tarfile, tempfile, uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 import ltbook
 from ..data.checks import UserError
-from ..runs.keeping import PASSING, busy
-from ..train.processes import end, start
+from ..runs.keeping import LOCKS, PASSING
+from .engines import run_cell
 
 # %% ../../nbs/studies/683_on_ray.ipynb #931a629b
 def packed(
@@ -24,7 +24,7 @@ def packed(
     def wanted(member: tarfile.TarInfo):
         name = Path(member.name).name
         if not whole: return member if name in ('.', '', 'run.log', 'failed.ipynb') else None
-        return None if any(Path(name).match(p) for p in (*PASSING, '.*lock')) else member
+        return None if any(Path(name).match(p) for p in (*PASSING, *LOCKS)) else member
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode='w') as tar: tar.add(folder, arcname='', filter=wanted)
     return out.getvalue()
@@ -64,11 +64,7 @@ def run_there(
     seen = (Path(words[at])/token).exists()
     with nullcontext(words[at]) if seen else tempfile.TemporaryDirectory(prefix='ltbook-') as out:
         folder = Path(out)/name
-        while busy(folder): time.sleep(1)
-        if (folder/'done.json').exists(): return 0, None
-        child = start([sys.executable, '-m', 'ltbook', *words[:at], out, *words[at + 1:]], folder/'run.log', threads)
-        try: code = child.wait()
-        finally: end([child])
+        code = run_cell([*words[:at], out, *words[at + 1:]], folder/'run.log', threads)
         return code, None if seen else packed(folder, not code)
 
 # %% ../../nbs/studies/683_on_ray.ipynb #cb85f35a

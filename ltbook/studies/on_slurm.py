@@ -6,12 +6,11 @@
 __all__ = ['Job', 'Slurm']
 
 # %% ../../nbs/studies/684_on_slurm.ipynb #27628d0e
-import signal, sys, time
+import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from ..data.checks import UserError
-from ..runs.keeping import busy
-from ..train.processes import end, start
+from .engines import run_cell
 
 # %% ../../nbs/studies/684_on_slurm.ipynb #61dd858a
 class Job:
@@ -24,11 +23,8 @@ class Job:
     ): self.words, self.log, self.threads = words, log, threads
 
     def __call__(self) -> int:  # exit code
-        "Run it, after whoever holds its folder."
-        while busy(self.log.parent): time.sleep(1)
-        child = start([sys.executable, '-m', 'ltbook', *self.words], self.log, self.threads)
-        try: return child.wait()
-        finally: end([child])
+        "Run it."
+        return run_cell(self.words, self.log, self.threads)
 
     def checkpoint(self):
         "The same once more: the run knows how far it came."

@@ -10,12 +10,12 @@ import base64, json
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from hashlib import sha256
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 from PIL import Image
+import ltbook
 from ..data.checks import UserError
 from ..methods.recipe import flat
 from ..runs.folder import Run
@@ -44,7 +44,7 @@ def figures_of(
     run: Run,  # finished
 ) -> list[dict]:  # src, alt, title
     "What a run drew, those with a known title first. One that can't be read is left out."
-    files = sorted((run.path/'figures').glob('*.png'), key=lambda p: [*FIGURES, p.stem].index(p.stem))
+    files = sorted(run.figures, key=lambda p: [*FIGURES, p.stem].index(p.stem))
     out = []
     for f in files:
         title = FIGURES.get(f.stem, f.stem.replace('_', ' '))
@@ -272,7 +272,7 @@ def report(
                     manifest=sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else '')
     page = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE).render(
         title=title, n_runs=len(results), n_recipes=len(board),
-        written=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC', version=version('ltbook'),
+        written=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC', version=ltbook.__version__,
         tables=_tables(results, board), frontier=_frontiers(board), groups=groups,
         left_out=len(board) - len(drawn), runs=[about(r) for r in results], bad=list(bad), marks=MARKS, anchor=anchor)
     file = Path(file)

@@ -17,10 +17,9 @@ from urllib.parse import unquote
 
 from fastcore.docments import docments
 
-import ltbook
 from ltbook.methods.method import methods
 from ltbook.runs.folder import find_runs
-from ltbook.studies.compare import compare, short
+from ltbook.studies.compare import compare, formatted, short
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -58,7 +57,7 @@ def for_readers(nb):
 def plain_words(text):
     "The last paragraph of a text, for those who can't see the figure below it."
     paragraph = [p for p in text.strip().split('\n\n') if p[:1].isalpha()][-1:]
-    words = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', ''.join(paragraph)).replace('`', '').replace('$', '').replace('*', '')
+    words = re.sub('[`$*]', '', re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', ''.join(paragraph)))
     return ' '.join(words.split())[:240]
 
 
@@ -113,10 +112,6 @@ def contents(file, title, names, text=''):
     file.write_text(f'# {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n')
 
 
-def code(text):
-    return f'`{text}`'
-
-
 def entry(name, thing, kind):
     "One exported name: signature, what it does, every parameter with its comment, what comes back."
     lines = []
@@ -129,13 +124,13 @@ def entry(name, thing, kind):
     try: about = docments(thing, full=True) if kind in ('function', 'class') else {}
     except Exception: about = {}
     rows = [(k, v.docment) for k, v in about.items() if k not in ('self', 'return') and getattr(v, 'docment', None)]
-    if rows: lines += [f'- {code(k)}: {v}' for k, v in rows] + ['']
+    if rows: lines += [f'- `{k}`: {v}' for k, v in rows] + ['']
     back = about.get('return')
     if back is not None and getattr(back, 'docment', None): lines += [f'Returns {back.docment}', '']
     if kind == 'class':
         for k, m in vars(thing).items():
             if k.startswith('_') or not callable(m) or not getattr(m, '__doc__', None): continue
-            lines += [f'- {code(k + "()")}: {inspect.cleandoc(m.__doc__).splitlines()[0]}']
+            lines += [f'- `{k}()`: {inspect.cleandoc(m.__doc__).splitlines()[0]}']
         lines += ['']
     return '\n'.join([*lines, '````', ''])
 
@@ -165,7 +160,6 @@ def api():
     for n in twice: del names[n]
     contents(SRC/'api'/'index.md', 'API', places, 'Every public name, by module. Each module is written from one page.')
     (SRC/'exported.json').write_text(json.dumps(names))
-    return len(names)
 
 
 def papers():
@@ -185,8 +179,7 @@ def papers():
         if len(mine):
             s = short(mine.sort_values(['dataset', 'imbalance', 'profile', 'stage']))[
                 ['method', 'setting', 'recipe', 'measure', 'printed', 'ours', 'seeds', 'verdict']]
-            text += ['| ' + ' | '.join(s.columns) + ' |', '|---'*len(s.columns) + '|']
-            text += ['| ' + ' | '.join(row) + ' |' for row in dict.fromkeys(map(tuple, s.values.tolist()))] + ['']
+            text += [formatted(mine, 'markdown', s.drop_duplicates())]
     (SRC/'papers.md').write_text('\n'.join(text))
 
 

@@ -1,7 +1,6 @@
 "Pages to play with, served by Voilà in a real browser: a slider is moved, the figure changes"
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from watching import BROWSER, browser
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROME = shutil.which('chromium') or shutil.which('google-chrome')
 pytestmark = pytest.mark.skipif(
-    not (CHROME and find_spec('playwright') and find_spec('voila')), reason='needs playwright, voila and a chromium')
+    not (BROWSER and find_spec('voila')), reason='needs playwright, voila and a chromium')
 
 
 @pytest.fixture(scope='module')
@@ -36,24 +35,26 @@ def served(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=CHROME, args=['--no-sandbox'])
-        yield chrome
-        chrome.close()
+def chrome():
+    with browser() as b: yield b
 
 
 @pytest.mark.parametrize('name, kind', [
     ('83_runs', 'text'), ('84_calibration', 'slider'), ('85_tail', 'slider'), ('86_losses', 'slider')])
-def test_something_is_moved_and_the_figure_follows(served, browser, name, kind):
-    page, errors = browser.new_page(viewport=dict(width=1280, height=1400)), []
+def test_something_is_moved_and_the_figure_follows(served, chrome, name, kind):
+    from playwright.sync_api import Error
+    page, errors = chrome.new_page(viewport=dict(width=1280, height=1400)), []
     page.on('pageerror', lambda e: errors.append(str(e)))
     elsewhere = lambda url: not url.startswith(('http://127.0.0.1', 'ws:', 'data:', 'blob:'))
     page.route(elsewhere, lambda route: route.abort())
     page.goto(f'{served}/voila/render/{name}.ipynb', timeout=120_000, wait_until='commit')
-    page.locator('img[src^="data:image/png"]').first.wait_for(timeout=120_000)
-    pictures = lambda: [p.get_attribute('src') for p in page.locator('img[src^="data:image/png"]').all()]
+    page.locator('img[src^="blob:"]').first.wait_for(timeout=120_000)
+    bytes_of = """async () => Promise.all([...document.querySelectorAll('img')].filter(i => i.src.startsWith('blob:'))
+        .map(async i => [...new Uint8Array(await (await fetch(i.src)).arrayBuffer())].join()))"""
+    def pictures():      # what is seen, not where it lies; one may be replaced while it is read
+        for _ in range(50):
+            try: return page.evaluate(bytes_of)
+            except Error: page.wait_for_timeout(100)
     page.wait_for_timeout(1500)
     before = pictures()
     if kind == 'text': page.locator('input[type=text]').first.fill('sade fast')

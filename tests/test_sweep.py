@@ -236,9 +236,9 @@ def test_a_killed_cell_and_a_killed_sweep_change_no_number(tmp_path):
     assert quiet.wait(300) == 0, quiet.stdout.read()
     first = begin(tmp_path/'hit')
     until = time.monotonic() + 60
-    def born(): return [p for p, parent in processes() if parent == first.pid]
-    while not born() and time.monotonic() < until: time.sleep(.05)
-    os.kill(born()[0], signal.SIGKILL)
+    def born(): return [p for p, parent in processes('-m ltbook run ') if parent == first.pid]
+    while not (cells := born()) and time.monotonic() < until: time.sleep(.05)
+    os.kill(cells[0], signal.SIGKILL)
     for line in first.stdout:
         if 'killed, once more later' in line: break
     else: raise AssertionError('the sweep did not notice')

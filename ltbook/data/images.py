@@ -9,7 +9,7 @@ __all__ = ['DATASETS', 'ImageData', 'data_root', 'is_here', 'read_arrays', 'load
 # %% ../../nbs/data/03_images.ipynb #c39e8029
 from dataclasses import dataclass, replace
 from pathlib import Path
-import hashlib, io, os, pickle, pickletools, shlex, tarfile, tempfile
+import hashlib, importlib.util, io, os, pickle, pickletools, shlex, tarfile, tempfile
 import numpy as np
 import torch
 from .checks import UserError, check_name, one_of, printable
@@ -66,17 +66,26 @@ def is_here(
         or all(any((root / name).glob(f'feature*_{p}.h5')) for p in ('train', '[tv][ea][sl]*')))
 
 # %% ../../nbs/data/03_images.ipynb #de1948db
+def _digits_table() -> tuple[np.ndarray, np.ndarray]:
+    "Values (1797, 64) in [0, 16] and labels (1797,) of scikit-learn's digits, from its file where that is."
+    spec = importlib.util.find_spec('sklearn')
+    for folder in spec and spec.submodule_search_locations or ():
+        if (file := Path(folder)/'datasets/data/digits.csv.gz').is_file():
+            table = np.loadtxt(file, delimiter=',')
+            return table[:, :-1], table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+    return load_digits(return_X_y=True)
+
 def _digits() -> tuple[ImageSet, ImageSet]:
     "Training and test part of scikit-learn's digits"
-    from sklearn.datasets import load_digits
-    d, rng = load_digits(), np.random.RandomState(0)
-    held = np.zeros(len(d.target), dtype=bool)
+    (values, labels), rng = _digits_table(), np.random.RandomState(0)
+    held = np.zeros(len(labels), dtype=bool)
     for k in range(10):
-        where = np.flatnonzero(d.target == k)
+        where = np.flatnonzero(labels == k)
         rng.shuffle(where)
         held[where[:50]] = True
-    images = torch.from_numpy(np.round(d.images * 255 / 16).astype(np.uint8))[..., None]
-    data = ImageSet(images, torch.from_numpy(d.target.astype(np.int64)), tuple('0123456789'))
+    images = torch.from_numpy(np.round(values * 255 / 16).astype(np.uint8)).reshape(-1, 8, 8, 1)
+    data = ImageSet(images, torch.from_numpy(labels.astype(np.int64)), tuple('0123456789'))
     return data.subset(np.flatnonzero(~held)), data.subset(np.flatnonzero(held))
 
 # %% ../../nbs/data/03_images.ipynb #94725882

@@ -24,6 +24,7 @@ from ltbook.methods.reweighting import (
 from .stages import recipe_loss
 from ..models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ..train.bilevel import meta_gradient, plain_cross_entropy
+from ..train.optimizers import light
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #41631d38
@@ -161,7 +162,7 @@ def stage1(
 ) -> Stage:  # over the whole network
     "Training under weights that are learned on the way."
     s, g, (loss, lot) = context.settings, difficulty_network(context), recipe_loss(context)
-    adam = torch.optim.Adam(
+    adam = light(torch.optim.Adam)(
         g.parameters(), s.network_lr, weight_decay=s.network_decay,
         capturable=context.compute.capture and context.compute.device.type == 'cuda')
     single = lambda z, y: loss(z, y, reduction='none')

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.checks import UserError
 from .compute import Compute
 from .feed import planned
+from .optimizers import light
 from .ranks import here
 from .stage import Average, KeepBest, Stage
 
@@ -108,6 +109,7 @@ def tensor_rates(
 ):  # with `set_lr`, `zero_grad`, `step`
     "An optimizer whose step reads its rates from tensors. Raises `UserError` for one that has no such form."
     forms = {torch.optim.SGD: TensorSGD, torch.optim.AdamW: TensorAdamW}
+    forms |= {light(c): form for c, form in forms.items()}
     if type(optimizer) not in forms:
         raise UserError('A captured step knows SGD and AdamW, not '
                         f'{type(optimizer).__name__}: leave capture out (--set '

@@ -17,6 +17,7 @@ from ..data.checks import UserError, one_of
 from ..data.sampling import Sampler
 from ..data.views import part_of
 from .compute import Compute, full
+from .optimizers import light
 from .ranks import here
 
 # %% ../../nbs/train/43_stage.ipynb #4d669fd7
@@ -102,8 +103,9 @@ class Stage:
         groups = self.groups or [dict(params=[p for p in self.network.parameters() if p.requires_grad])]
         groups = [{'lr_factor': 1.0, **g} for g in groups]
         if self.rule == 'adamw':
-            return torch.optim.AdamW(groups, lr=0.0, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
-        return torch.optim.SGD(
+            return light(torch.optim.AdamW)(
+                groups, lr=0.0, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+        return light(torch.optim.SGD)(
             groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
 
     def update(self, batch: dict, optimizer, compute: Compute) -> Tensor:

@@ -79,14 +79,15 @@ def test_who_cannot_grow_says_so(monkeypatch):
 
 def test_the_profile_is_there_where_stages_follow_it():
     have = [k for k, m in methods().items() if m.fast is not None]
-    assert have == ['balanced_softmax', 'cross_entropy', 'crt', 'dirmixe', 'lws', 'mislas', 'mixup', 'sade', 'tau_norm']
+    assert have == [
+        'balanced_softmax', 'balpoe', 'cross_entropy', 'crt', 'dirmixe', 'lws', 'mislas', 'mixup', 'sade', 'tau_norm']
     for name in have:
         r = recipe(name, 'cifar100', 100, 'fast')
         assert (r.profile, r.schedule, r.nesterov, r.first_side) == ('fast', 'one_cycle', True, 16)
         assert recipe(name, 'cifar100', 100, 'fast', epochs=7, nesterov=False).epochs == 7
         rows = method_grid(name, 'fast', 'cifar100', 100, 'fast')
         assert len({row.folder for row in rows}) == len(rows) == 8 and rows[0].recipe == r
-    with pytest.raises(UserError, match='ride has no profile fast; balanced_softmax, cross_entropy'):
+    with pytest.raises(UserError, match='ride has no profile fast; balanced_softmax, balpoe'):
         recipe('ride', profile='fast')
 
 

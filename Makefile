@@ -1,6 +1,7 @@
 # make run   trains MiSLAS on a long-tailed digits set, shows the result, writes a report (a minute after installing)
 # make test  checks that notebooks and package agree, runs every page and every test
-# make check under a minute: notebooks and package agree, and the pages that were touched since the last commit run
+# make check about a minute: notebooks and package agree, names have types and docstrings, and the pages that were
+#            touched since the last commit run
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -17,7 +18,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_notebooks.py
 
 check: install
-	$(BIN)/python -m pytest -q tests/test_notebooks.py tests/test_results.py
+	$(BIN)/python -m pytest -q tests/test_notebooks.py tests/test_docstrings.py tests/test_results.py tests/test_types.py
 	@for page in $$({ git diff --name-only HEAD; git ls-files -o --exclude-standard; } | grep '^nbs/.*ipynb$$'); do \
 	  if [ -f "$$page" ]; then echo "$$page"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --path "$$page" || exit 1; fi; done
 

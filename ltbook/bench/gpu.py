@@ -59,7 +59,7 @@ def stage_seconds(
 def mislas_seconds(
     device: torch.device,  # where it runs
     seeds: int = 1,  # runs in one pack
-    capture: bool = True,
+    capture: bool = True,  # record the step once and replay it
     steps: int = 200,  # timed in each stage
     largest: int = 500,  # images of the largest class
 ) -> float:  # seconds until the last of the runs would be done

@@ -28,7 +28,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 def noise_images(
     n: int = 10_847,  # as many as CIFAR-100-LT with imbalance 100
-    n_classes: int = 100,
+    n_classes: int = 100,  # in equal parts
 ) -> ImageSet:  # random 32 x 32 colour images
     "Images for timing only."
     rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ class PilDataset(torch.utils.data.Dataset):
 def plain_batches(
     data: ImageSet,  # images
     workers: int,  # processes of the DataLoader; 0 loads in the training process
-    batch_size: int = 128,
+    batch_size: int = 128,  # images a batch; the last one of an epoch may have fewer
 ):  # endless (x, y) of NCHW fp32
     "Batches of the plain loop."
     loader = torch.utils.data.DataLoader(
@@ -75,7 +75,7 @@ def plain_step(
     optimizer: torch.optim.Optimizer,  # of its parameters
     batches,  # from `plain_batches`
     rng: np.random.Generator,  # of lambda and partners
-    mixup: bool = True,
+    mixup: bool = True,  # mix the batch with itself
 ) -> int:  # images seen
     "One step of the plain loop."
     (x, y), lam, perm = next(batches), 1.0, None
@@ -91,8 +91,8 @@ def plain_step(
 # %% ../../nbs/bench/46_loops.ipynb #e8e11547
 def our_batches(
     data: ImageSet,  # images on the device
-    batch_size: int = 128,
-    mixup: bool = True,
+    batch_size: int = 128,  # images a batch
+    mixup: bool = True,  # mix every batch with itself, alpha 1
     side: int | None = None,  # of the images, pixels; None is full size
 ):  # endless batches of a view
     "Batches as `TrainView` makes them."
@@ -122,7 +122,7 @@ def our_step(
 def training_loops(
     workers: tuple[int, ...] = (0, 2),  # a plain loop for each number of loading processes
     precisions: tuple[str, ...] = ('fp32', 'bf16'),  # one of ours for each
-    mixup: bool = True,
+    mixup: bool = True,  # of all loops
     n: int = 10_847,  # images to walk through
     side: int | None = None,  # of the images of ours, pixels; None is full size
     batch_size: int = 128,  # of ours
@@ -158,7 +158,7 @@ def rate(
 def alternate(
     measures: dict[str, Callable[[float], float]],  # name -> function that works for so many seconds and returns a rate
     seconds: float = 8.0,  # for every name in total
-    turns: int = 5,
+    turns: int = 5,  # into which the seconds are cut
 ) -> dict[str, list[float]]:  # name -> the rate of every turn
     "Let several measurements take turns."
     out = {name: [] for name in measures}
@@ -169,7 +169,7 @@ def alternate(
 def take_turns(
     steps: dict[str, Callable[[], int]],  # name -> function that trains one batch and returns its size
     seconds: float = 8.0,  # for every name in total
-    turns: int = 5,
+    turns: int = 5,  # into which the seconds are cut
     warm: int = 2,  # calls of each before the clock runs
 ) -> dict[str, list[float]]:  # name -> images a second of every turn
     "Measure several loops alternately, after a few steps each to warm up."
@@ -180,9 +180,9 @@ def take_turns(
 # %% ../../nbs/bench/46_loops.ipynb #2e7a9cc9
 def train_rates(
     seconds: float = 8.0,  # for every loop
-    turns: int = 5,
+    turns: int = 5,  # into which the seconds are cut
     workers: tuple[int, ...] = (0, 2),  # of the plain loop; its best one counts
-    mixup: bool = True,
+    mixup: bool = True,  # of all loops
 ) -> list[dict]:  # rows with name, unit, median, min, max, ratio to the best plain loop, and the values of all turns
     "ResNet-32, batch 128 on the CPU: the plain loop and ours, in one run."
     speeds = take_turns(training_loops(workers, mixup=mixup), seconds, turns)
@@ -240,7 +240,7 @@ class SideBySide:
 # %% ../../nbs/bench/46_loops.ipynb #7be20d13
 def two_run_rates(
     seconds: float = 8.0,  # for every loop
-    turns: int = 5,
+    turns: int = 5,  # into which the seconds are cut
     workers: tuple[int, ...] = (0, 2),  # of the plain loop
 ) -> dict[str, list[float]]:  # 'plain, ...' and 'two runs' -> images a second of every turn
     "The plain loop, and two single-threaded runs of ours at the same time."
@@ -252,7 +252,7 @@ def two_run_rates(
 # %% ../../nbs/bench/46_loops.ipynb #8aa41e21
 def stage_step(
     stage,  # a `Stage`
-    precision: str = 'fp32',
+    precision: str = 'fp32',  # fp32 or bf16
 ) -> Callable[[], int]:  # trains the same batch again and again; returns its size
     "The first batch of a stage as a loop of one step."
     stage.set_mode(stage.network)

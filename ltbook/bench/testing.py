@@ -135,7 +135,7 @@ def evaluation_row(
 def plain_measures(
     logits: Tensor,  # (n, C)
     labels: Tensor,  # (n,)
-    n_bins: int = 15,
+    n_bins: int = 15,  # of the calibration errors
 ) -> dict:  # top1, ece15, mce15, cwece15, nll, brier
     "The usual measures with loops over bins and classes."
     p, y = logits.softmax(1).double().numpy(), labels.numpy()
@@ -153,7 +153,7 @@ def plain_measures(
 # %% ../../nbs/bench/693_testing.ipynb #0bc59e88
 def calibration_row(
     seconds: float,  # times 12 for ours, which runs once
-    classes: int = 1000,
+    classes: int = 1000,  # C, columns of the logits
 ) -> dict:  # rows/s
     "All measures of 1,000,000 x 1,000 logits, or of as many as memory and time allow."
     few = 20_000 if seconds >= 1 else 500

@@ -32,8 +32,8 @@ def runs_of(
 def evidence(
     root: Path,  # of the runs
     method: str = 'balanced_softmax',  # with a profile `fast`
-    dataset: str = 'cifar100',
-    imbalance: float = 100,
+    dataset: str = 'cifar100',  # of the runs
+    imbalance: float = 100,  # largest over smallest class
 ) -> dict:  # ours, goal (fractions), goal_is, seeds; JSON-able
     "What `fast` reached, and what it had to reach. Raises `NotRun` where that isn't known or wasn't reached."
     fast, paper = (runs_of(recipe(method, dataset, imbalance, profile), root) for profile in ('fast', 'paper'))

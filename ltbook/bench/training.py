@@ -57,7 +57,7 @@ def versus(
 # %% ../../nbs/bench/690_training.ipynb #8db64f6e
 def step_rates(
     seconds: float = 20.0,  # for every method
-    turns: int = 5,
+    turns: int = 5,  # into which the seconds are cut
     names: tuple[str, ...] = ('cross_entropy', 'sade', 'dirmixe'),  # the first one is the plain step
 ) -> list[dict]:  # rows with name, unit, median, min, max, ratio: how many plain steps one step costs
     "Images a second of whole training steps, batch 128, on the CPU in fp32."
@@ -78,7 +78,7 @@ def step_rates(
 # %% ../../nbs/bench/690_training.ipynb #088e9096
 def train_row(
     seconds: float,  # for every loop
-    mixup: bool = True,
+    mixup: bool = True,  # of all loops
 ) -> dict:  # images/s
     "One training run, ResNet-32, batch 128."
     rows = train_rates(seconds, mixup=mixup)
@@ -134,8 +134,8 @@ def bilevel_row(
 # %% ../../nbs/bench/690_training.ipynb #f122fe14
 def flow_context(
     n: int = 10_000,  # rows
-    n_features: int = 64,
-    n_classes: int = 100,
+    n_features: int = 64,  # d, columns
+    n_classes: int = 100,  # in equal parts
 ) -> Context:  # ready for `flow_stage`
     "Random features for timing only, with DLSA's settings."
     g = torch.Generator().manual_seed(0)
@@ -205,7 +205,7 @@ def free_memory() -> float:  # MB
 def loop_memory(
     name: str,  # of a loop, as `training_loops` calls it
     n: int = 10_847,  # images
-    steps: int = 5,
+    steps: int = 5,  # after which it is read
 ) -> float:  # MB
     "Highest memory of this process after a few steps of a training loop."
     kind, _, rest = name.partition(', ')

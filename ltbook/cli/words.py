@@ -76,7 +76,11 @@ Out = Annotated[Path, typer.Option(help='Folder of all runs.')]
 Root = Annotated[Optional[Path], typer.Option(help='Folder of the data; default LTBOOK_DATA or ~/.cache/ltbook.')]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:N or mps.')]
 
-def print_table(title: str, head: tuple, rows: list) -> None:
+def print_table(
+    title: str,  # above it
+    head: tuple,  # names of the columns
+    rows: list,  # tuples, a value a column
+) -> None:
     "A plain table."
     table = Table(title=title, title_justify='left')
     for h in head: table.add_column(h, overflow='fold', no_wrap=h == 'run')
@@ -87,7 +91,7 @@ def print_table(title: str, head: tuple, rows: list) -> None:
 def parse_changes(
     pairs: list[str],  # each 'key=value'
     option: str = '--set',  # for the message, with
-    example: str = 'mixup_alpha=0.5',
+    example: str = 'mixup_alpha=0.5',  # of a pair, for the message
 ) -> dict:  # key -> value
     "Turn `--set` options into changes of a recipe. Raises `UserError` for an option without '='."
     out = {}

@@ -92,7 +92,7 @@ def shrink(
 def mixup(
     x: Tensor,  # float (B, C, H, W)
     y: Tensor,  # int64 (B,)
-    lam: Tensor | float,  # weight of the image itself, in [0, 1]
+    lam: Tensor | float,  # (), weight of the image itself, in [0, 1]
     permutation: Tensor,  # int64 (B,), each image's partner
 ) -> tuple[Tensor, Tensor, Tensor]:  # mixed images, labels, labels of the partners
     "Mix each image with its partner."

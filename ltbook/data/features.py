@@ -33,9 +33,13 @@ class FeatureSet:
     head: tuple[Tensor, Tensor] | None = None  # weight (C, D) and bias (C,)
     def __len__(self): return len(self.labels)
     @property
-    def n_classes(self) -> int: return len(self.classes)
+    def n_classes(self) -> int:
+        "K, how many classes there are, with rows or without."
+        return len(self.classes)
     @property
-    def counts(self) -> np.ndarray: return np.bincount(self.labels.cpu().numpy(), minlength=self.n_classes)
+    def counts(self) -> np.ndarray:
+        "Rows of every class, int64 (K,)."
+        return np.bincount(self.labels.cpu().numpy(), minlength=self.n_classes)
     def subset(self, indices) -> 'FeatureSet':
         "The rows at `indices`, in that order."
         i = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device=self.labels.device)

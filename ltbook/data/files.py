@@ -37,7 +37,9 @@ class FileStore:
     def __len__(self) -> int: return len(self.files)
 
     @property
-    def shape(self) -> torch.Size: return torch.Size((len(self), self.reading.side, self.reading.side, 3))
+    def shape(self) -> torch.Size:
+        "(n, side, side, 3), as an array of the pictures would have it."
+        return torch.Size((len(self), self.reading.side, self.reading.side, 3))
 
     def read(self, i: int) -> np.ndarray:  # uint8 (side, side, 3)
         "One picture. Raises `UserError` that names a broken or missing file."

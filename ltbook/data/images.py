@@ -37,7 +37,9 @@ class ImageData:
     def std(self) -> tuple[float, ...]:
         "Of each channel, in [0, 1]; empty for features."
         return getattr(self.train, 'std', ())
-    def to(self, device) -> 'ImageData': return replace(self, train=self.train.to(device), test=self.test.to(device))
+    def to(self, device) -> 'ImageData':
+        "The same with both parts on a device."
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 # %% ../../nbs/data/03_images.ipynb #a449f329
 _CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), pad=4, flip=True, imbalance=100.)

@@ -215,7 +215,7 @@ def scale_of(
 
 def read_square(
     path: Path,  # a picture
-    reading: Reading,
+    reading: Reading,  # side, fit and what is forgiven
     scale: tuple[float, float] | None,  # of `scale_of`
     seen: Seen,  # gets what happened
 ) -> np.ndarray | None:  # uint8 (side, side, 3); None for a broken picture that is left out
@@ -250,7 +250,7 @@ def _kinds(im, reading, scale):
 
 def read_part(
     files: dict[str, list[Path]],  # class name -> its pictures
-    reading: Reading,
+    reading: Reading,  # side, fit and what is forgiven
     scale: tuple[float, float] | None,  # of `scale_of`
     seen: Seen,  # gets what happened
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, side, side, 3), int64 (N,)

@@ -44,7 +44,9 @@ class LongTail:
     data_seed: int  # seed of the choice
     def __len__(self): return len(self.indices)
     @cached_property
-    def sha256(self) -> str: return hashlib.sha256(self.indices.astype('<i8').tobytes()).hexdigest()
+    def sha256(self) -> str:
+        "Of the positions, as little-endian int64."
+        return hashlib.sha256(self.indices.astype('<i8').tobytes()).hexdigest()
     def to_dict(self) -> dict:
         "What a run writes down about its data, without the positions themselves; fit for JSON."
         return dict(

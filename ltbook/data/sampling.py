@@ -33,7 +33,9 @@ class Sampler:
         if self.n_draws < 1: raise UserError(f'An epoch needs at least one draw, got {n_draws}.')
         self.by_class = np.argsort(self.labels, kind='stable')  # positions, class after class
         self.starts = np.cumsum(self.counts) - self.counts
-    def epoch(self) -> np.ndarray: raise NotImplementedError
+    def epoch(self) -> np.ndarray:
+        "Positions of one epoch, int64 (n_draws,), in the order in which they are seen."
+        raise NotImplementedError
     def __iter__(self): return iter(self.epoch().tolist())
     def __len__(self): return self.n_draws
     def state_dict(self) -> dict:
@@ -62,7 +64,8 @@ class InstanceBalanced(Sampler):
 
 # %% ../../nbs/data/04_sampling.ipynb #7253641b
 class ClassAwareSampler(Sampler):
-    "Endless cycles over the classes and over the images of each class."
+    ("Endless cycles over the classes and over the images of each class. Raises `UserError` for a class without "
+     "images, or less than one image a turn.")
     _keep = ('by_class', 'used', 'order', 'turn')
     def __init__(
         self,
@@ -97,7 +100,8 @@ class ClassAwareSampler(Sampler):
 
 # %% ../../nbs/data/04_sampling.ipynb #de2a74ae
 class ClassProbability(Sampler):
-    "Draw a class by its probability, then one of its images, independently each time."
+    ("Draw a class by its probability, then one of its images, independently each time. Raises `UserError` for "
+     "probabilities that are none.")
     def __init__(
         self,
         labels,  # (n,) ints 0..K-1
@@ -132,7 +136,7 @@ reversed_frequency = partial(power_law, q=-1.)
 
 # %% ../../nbs/data/04_sampling.ipynb #45ea7745
 class ProgressivelyBalanced(ClassProbability):
-    "From instance-balanced to class-balanced draws over `epochs` epochs."
+    "From instance-balanced to class-balanced draws over `epochs` epochs. Raises `UserError` for less than one epoch."
     _keep = ('t',)
     def __init__(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .checks import UserError, check_name, printable, writing
+from .html import Picture, html_table
 from .hdf5 import stored, try_to_open
 from .fingerprint import file_stamp, is_known, kept_rows, row_hashes, set_hash
 from .pictures import Reading, Seen, class_table, find_parts, read_part, scale_of
@@ -56,9 +57,13 @@ class ImageSet:
                 f'labels must lie in 0..{len(self.classes) - 1}, but go from {int(y.min())} to {int(y.max())}.')
     def __len__(self): return len(self.labels)
     @property
-    def n_classes(self) -> int: return len(self.classes)
+    def n_classes(self) -> int:
+        "K, how many classes there are, with images or without."
+        return len(self.classes)
     @property
-    def counts(self) -> np.ndarray: return np.bincount(self.labels.cpu().numpy(), minlength=self.n_classes)
+    def counts(self) -> np.ndarray:
+        "Images of every class, int64 (K,)."
+        return np.bincount(self.labels.cpu().numpy(), minlength=self.n_classes)
     @property
     def shape(self) -> tuple[int, int, int]:
         "Height, width and channels of an image."
@@ -93,6 +98,18 @@ class ImageSet:
         "SHA-256 of every image: uint8 (N, 32)."
         pieces = torch.arange(len(self), device=self.labels.device).split(4096)
         return np.concatenate([row_hashes(self.gather(p).cpu().numpy()) for p in pieces])
+    def _repr_html_(self) -> str:
+        "What a notebook shows: the largest and the smallest classes, each with its first image."
+        counts, order = self.counts, np.argsort(-self.counts, kind='stable')
+        shown = order if len(order) <= 12 else [*order[:6], *order[-6:]]
+        firsts = [int((self.labels == int(k)).nonzero()[0]) if counts[k] else None for k in shown]
+        images = [None if i is None else self.gather(torch.tensor([i], device=self.labels.device))[0] for i in firsts]
+        rows = [(Picture(x.cpu().numpy(), self.classes[k]) if x is not None else '', self.classes[k], counts[k])
+                for k, x in zip(shown, images)]
+        high, wide, channels = self.shape
+        left = f', {len(order) - 12} classes between them' if len(order) > 12 else ''
+        return html_table(f'{len(self):,} images of {high} x {wide} x {channels}, {self.n_classes} classes',
+                          ('', 'class', 'images'), rows, f'{counts.max():,} to {counts.min():,} images a class{left}')
     def sha256(self) -> str:
         "Fingerprint of pixels, labels and class names."
         return set_hash(self.rows, self.labels.cpu().numpy(), self.classes, self.shape, 'uint8')

@@ -119,7 +119,8 @@ class TrainView(View):
     def __init__(
         self,
         data: ImageSet,  # images and labels; the batches lie where they lie
-        augmentation: Augmentation = Augmentation()):
+        augmentation: Augmentation = Augmentation(),  # what is done to every image
+    ):
         super().__init__(data)
         a, channels, self.augmentation = augmentation, data.shape[2], augmentation
         self.shape = (a.side, a.side) if a.side else data.shape[:2]

@@ -35,7 +35,7 @@ def mixed_cross_entropy(
     logits: Tensor,  # (B, C)
     y: Tensor,  # (B,) labels
     y_mix: Tensor | None = None,  # (B,) labels of the partners; None for a batch that is not mixed
-    lam: Tensor | float = 1.0,  # share of the image itself, in [0, 1]
+    lam: Tensor | float = 1.0,  # (), share of the image itself, in [0, 1]
 ) -> Tensor:  # scalar
     "Cross-entropy on a batch that may have been mixed up."
     if y_mix is None: return F.cross_entropy(logits, y)

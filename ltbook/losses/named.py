@@ -52,7 +52,7 @@ LOSSES = dict(
 def named_loss(
     name: str,  # a key of LOSSES; add one's own there
     counts: Tensor,  # (K,) images of every class that are trained on, on the device of the logits
-    options: LossOptions = LossOptions(),
+    options: LossOptions = LossOptions(),  # strengths that some losses have
 ) -> Callable[..., Tensor]:  # (logits (B, K), y (B,), reduction 'mean' or 'none') -> scalar or (B,)
     "A loss of single samples. Raises `UserError` for an unknown name."
     return LOSSES[one_of(name, LOSSES, 'loss')](counts, options)

@@ -46,7 +46,7 @@ def per_class_accuracy(
     labels: Tensor,  # (n,) true classes
     n_classes: int,  # C, the length of the result
 ) -> np.ndarray:  # (C,) float64 accuracies 0..1, nan for a class without test images
-    "Share of right predictions among the samples of each class."
+    "Share of right predictions among the samples of each class. Raises `UserError` for a label that is no class."
     logits, labels = as_predictions(logits, labels)
     if labels.max() >= n_classes:
         raise UserError(f'There are labels up to {labels.max()}, more than the {n_classes} classes asked for.')

@@ -41,7 +41,7 @@ class Mixture:
 
 def too_small(
     weights: Tensor,  # (K,)
-    smallest: float = 0.05,
+    smallest: float = 0.05,  # weight that is allowed
 ) -> bool:
     "Whether a weight, rounded to two decimals, is below the smallest one allowed."
     return bool((np.round(np.asarray(weights, dtype=np.float64), 2) < smallest).any())
@@ -53,7 +53,7 @@ def learn_weights(
     lr: float = 0.1,  # 0.025 on ImageNet-LT, 0.2 on iNaturalist
     momentum: float = 0.9,  # Nesterov
     weight_decay: float = 5e-4,  # on a; 2e-4 on iNaturalist
-    batch_size: int = 128,
+    batch_size: int = 128,  # images a step
     entropy: float = 0.0,  # 0.01 on iNaturalist
     smallest: float = 0.05,  # stop below it
 ) -> Mixture:

@@ -29,7 +29,7 @@ def estimate_prior(
     steps: int = 200,  # at most
     tolerance: float = 1e-6,  # stop when no class moves by more
 ) -> Tensor:  # (C,) float64, sums to 1
-    "The EM estimate of the test set's label distribution."
+    "The EM estimate of the test set's label distribution. Raises `UserError` for a class the source lacks."
     source = torch.as_tensor(source, device=logits.device).double()
     p, source = logits.double().softmax(1), source/source.sum()
     if source.min() <= 0:

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Rate', 'SCHEDULES', 'STAGES', 'RECIPES', 'class_balanced_experts', 'ExpertSettings', 'expert_classes',
            'experts_split', 'train_only', 'check_depths', 'expert_mode', 'raw_logits', 'keep_best', 'generalist',
-           'expert_network', 'expert', 'members', 'side_by_side', 'calibration_stage', 'fusion_stage', 'calibrated',
-           'extended']
+           'expert_network', 'expert', 'members', 'side_by_side', 'calibration_stage', 'fusion_stage', 'calibrated']
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #c70f4430
 import copy, warnings
@@ -256,22 +255,23 @@ def fusion_stage(
     stage = calibration_stage(
         net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr,
         s.calibration_batch, r.seed, steps=r.max_steps, momentum=r.momentum)
-    def outputs():
-        with torch.no_grad():
-            return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
+    @torch.no_grad()
+    def outputs(): return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
     stage.outputs, stage.selection = outputs, 'best_on_val' if s.protocol == 'V' else 'last'  # of the networks
     return stage
 
-def calibrated(context: Context) -> Stage:
-    return fusion_stage(context, 'calibrated', epochs=context.settings.calibration_epochs)
-
-def extended(context: Context) -> Stage | None:
-    return (fusion_stage(context, 'extended', epochs=context.settings.calibration_epochs, full=True)
-            if context.settings.extended else None)
+def calibrated(
+    context: Context,  # with the logits of all members
+    extended: bool = False,  # with those of the generalist, where the settings ask for it
+) -> Stage | None:
+    "The joint calibration of all experts; its answer is that of the method."
+    if extended and not context.settings.extended: return None
+    name = 'extended' if extended else 'calibrated'
+    return fusion_stage(context, name, epochs=context.settings.calibration_epochs, full=extended)
 
 STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lambda c: expert(c, 2),
               expert3=lambda c: expert(c, 3), fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False),
-              fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated, extended=extended)
+              fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated, extended=lambda c: calibrated(c, True))
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #1591c834
 _code, _ours = ('authors\' released code (GCPR 2020), values its script really uses',

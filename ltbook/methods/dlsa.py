@@ -169,7 +169,7 @@ def make_bank(
     context: Context,  # widths, head type, start and seed
     kind: str,  # 'dlsa' or one of `CONTROLS`
 ) -> HeadBank:  # one head a level
-    "Heads for a way of routing, drawn from the recipe's seed."
+    "Heads for a way of routing, drawn from the recipe's seed. Raises `UserError` for a start that the features lack."
     s, rows = context.settings, context.parts['train_features']
     n, c = rows.features.shape[1], context.n_classes
     extra = dict(plain=[0], regular=[n]).get(kind) or [n + c*(kind != 'no_prior')]*s.depth + [n]

@@ -137,7 +137,8 @@ def stage1(
 def label_space(
     context: Context,  # network of stage 1, or a label space already
 ) -> LabelSpace:  # which is the context's network from here on
-    "Features of both parts as `train_features` and `test_features`, and an empty label space."
+    ("Features of both parts as `train_features` and `test_features`, and an empty label space. Raises `UserError` "
+     "for features that are not finite.")
     if isinstance(context.network, LabelSpace): return context.network
     net, device, s = context.network, context.compute.device, context.settings
     for part in ('train', 'test'):

@@ -42,10 +42,14 @@ class Context:
     fingerprint: dict[str, str] = field(default_factory=dict)
 
     @property
-    def settings(self) -> Settings: return self.recipe.settings
+    def settings(self) -> Settings:
+        "What the method adds to the recipe."
+        return self.recipe.settings
 
     @property
-    def train(self) -> ImageSet: return self.parts['train']
+    def train(self) -> ImageSet:
+        "The train part as it is trained on."
+        return self.parts['train']
 
     @property
     def trained_counts(self) -> np.ndarray:
@@ -54,7 +58,9 @@ class Context:
         return self.train.counts
 
     @property
-    def n_classes(self) -> int: return self.train.n_classes
+    def n_classes(self) -> int:
+        "K, classes of the train part."
+        return self.train.n_classes
 
     def plain(self, part: str) -> PlainView:
         "View of a part without augmentation."
@@ -155,7 +161,7 @@ def recipe_data(
 def context_of(
     recipe: Recipe,  # any
     data: ImageData | None = None,  # what the run may see; None loads it
-    compute: Compute = Compute(),
+    compute: Compute = Compute(),  # device, precision and memory layout
     root=None,  # of the data, see `data_root`; None is the default
 ) -> Context:  # parts on the device, fresh network
     "What the stages of a recipe start from. Raises `UserError` for what can't be run."

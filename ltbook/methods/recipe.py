@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator)
 from ..data.augment import PAD_MODES
 from ..data.checks import UserError, check_name, one_of, printable
+from ..data.html import html_table
 from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
@@ -145,8 +146,7 @@ class Recipe(BaseModel):
     @model_validator(mode='before')
     @classmethod
     def _known_names(cls, values):
-        unknown = sorted(set(values) - set(cls.model_fields))
-        if unknown:
+        if unknown := sorted(set(values) - set(cls.model_fields)):
             raise UserError(f'Unknown field {", ".join(unknown)}. '
                             f'Fields of a recipe: {", ".join(cls.model_fields)}.')
         usual = get_method(values['method']).defaults if isinstance(values.get('method'), str) else {}
@@ -159,8 +159,7 @@ class Recipe(BaseModel):
     @field_validator('settings', mode='before')
     @classmethod
     def _of_the_method(cls, v, info):
-        if isinstance(v, dict) and 'method' in info.data: return get_method(info.data['method']).settings(**v)
-        return v
+        return get_method(info.data['method']).settings(**v) if isinstance(v, dict) and 'method' in info.data else v
 
     @field_validator('shot_rule', 'schedule', 'loss', 'backbone')
     @classmethod
@@ -169,6 +168,11 @@ class Recipe(BaseModel):
         if v not in known and not (known is BACKBONES and v.startswith(PREFIX)):
             raise ValueError(f'choose from: {", ".join(known)}')
         return v
+
+    def _repr_html_(self) -> str:
+        usual = {k: f.default for k, f in Recipe.model_fields.items() if k not in ('profile', 'seed')}
+        rows = [(k, v) for k, v in flat(self).items() if v != usual.get(k, ...) and k not in ('method', 'dataset')]
+        return html_table(f'{self.method} on {self.dataset}', ('', ''), rows)
 
 FACTS = {k: f.json_schema_extra for k, f in Recipe.model_fields.items()}  # name -> stage1, hashed, since, was
 STAGE1_FIELDS = tuple(k for k, f in FACTS.items() if f['stage1'])
@@ -194,8 +198,7 @@ def changed(
 def recipe_hash(
     recipe: Recipe,  # any recipe
 ) -> str:  # 8 hexadecimal digits
-    ("Short hash of what decides a result. "
-     "Younger fields count only where they are not what the method does anyway.")
+    "Short hash of what decides a result. Younger fields count only where they are not what the method does anyway."
     values, own, named = recipe.model_dump(), recipe.settings.model_dump(), {}
     usual = get_method(recipe.method).defaults
     for k, fact in FACTS.items():
@@ -216,15 +219,12 @@ def published_row(
     rows = [p for p in method.recipes if p.dataset == dataset]
     if not rows:
         return Published(
-            dataset, imbalance, {},
-            f'defaults of {method.name}: nothing was published for {dataset}', False)
+            dataset, imbalance, {}, f'defaults of {method.name}: nothing was published for {dataset}', False)
     exact = [p for p in rows if p.imbalance is None or p.imbalance == imbalance]
     if exact: return exact[0]
     near = min(rows, key=lambda p: abs(math.log(p.imbalance/(imbalance or 1))))
-    return Published(
-        dataset, imbalance, near.changes,
-        f'{near.source}; values of imbalance {near.imbalance:g}, '
-        f'as nothing was published for {imbalance or "none"}', False)
+    why = f'{near.source}; values of imbalance {near.imbalance:g}, as nothing was published for {imbalance or "none"}'
+    return Published(dataset, imbalance, near.changes, why, False)
 
 # %% ../../nbs/methods/501_recipe.ipynb #2ca22e21
 WORDS = ('method', 'dataset', 'imbalance', 'profile', 'source')  # given apart, never as a change

@@ -128,7 +128,8 @@ def weighted_stage(
     loss: Callable[..., Tensor],  # of single samples, see `recipe_loss`
     lot: Lot | None,  # of the loss
 ) -> Stage:  # over the whole network
-    "Instance-balanced training under the recipe's augmentation, and class weights."
+    ("Instance-balanced training under the recipe's augmentation, and class weights. Raises `UserError` for what "
+     "does not go together.")
     def weighted(z, b):
         own = weighted_mean(loss(z, b['y'], reduction='none'), b['weight'])
         if 'y_mix' not in b: return own

@@ -119,7 +119,10 @@ class RoutedRows:
 # %% ../../nbs/methods/48_routed_heads.ipynb #b2a2b92c
 class HeadBank(nn.Module):
     "One head a level; the last is that of the rest."
-    def __init__(self, heads: list[LevelHead]):
+    def __init__(
+        self,
+        heads: list[LevelHead],  # one a level
+    ):
         super().__init__()
         self.heads = nn.ModuleList(heads)
 

@@ -114,7 +114,9 @@ class StepCount:
     ): self.per_epoch, self.steps = per_epoch, 0
 
     @property
-    def epoch(self) -> int: return max(self.steps - 1, 0)//self.per_epoch
+    def epoch(self) -> int:
+        "From 0, of the batch that was seen last."
+        return max(self.steps - 1, 0)//self.per_epoch
 
     def state_dict(self) -> dict: return dict(steps=self.steps)
 

@@ -7,10 +7,12 @@ __all__ = ['BACKBONES', 'FROZEN', 'EXPERT_BACKBONES', 'build_backbone']
 
 # %% ../../nbs/models/121_backbones.ipynb #122f075d
 from functools import partial
+from types import MethodType
 from torch import nn
 from ..data.checks import UserError, one_of
 from .expert_resnet import ExpertResNet32
 from .expert_resnet50 import ExpertResNet
+from .heads import HEADS
 from .resnet import RESNETS, FrozenResNet, ImageResNet
 from .resnet_cifar import ResNet32
 from .timm_network import PREFIX, TimmNetwork
@@ -38,6 +40,16 @@ def build_backbone(
     build = partial(TimmNetwork, name[len(PREFIX):]) if name.startswith(PREFIX) else BACKBONES[
         one_of(name, BACKBONES, 'backbone')]
     network = build(n_classes, channels, head)
-    lacks = [k for k in ('features', 'head', 'backbone', 'n_features') if not hasattr(network, k)]
+    if not hasattr(network, 'n_features') and hasattr(getattr(network, 'head', None), 'in_features'):
+        network.n_features = network.head.in_features
+    if not hasattr(network, 'backbone'): network.backbone = MethodType(_but_the_head, network)
+    lacks = [k for k in ('features', 'head', 'n_features') if not hasattr(network, k)]
     if lacks: raise UserError(f'The backbone {name} lacks {", ".join(lacks)}: stages need them.')
+    kind = HEADS[one_of(head, HEADS, 'head')]
+    if isinstance(kind, type) and not isinstance(network.head, kind):      # it was built without looking at it
+        network.head = kind(network.n_features, n_classes)
     return network
+
+def _but_the_head(network: nn.Module) -> list[nn.Module]:
+    "For modules that don't say it themselves: every part that isn't called head."
+    return [part for name, part in network.named_children() if name != 'head']

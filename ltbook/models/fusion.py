@@ -38,7 +38,7 @@ def _some(ids): return ', '.join(map(str, ids[:8])) + (f' and {len(ids) - 8} mor
 # %% ../../nbs/models/14_fusion.ipynb #d83d631a
 def check_logits(
     logits: Tensor,  # (n, K_e + 1), or (n, C) of a full-range member
-    member: np.ndarray | None,  # class ids of the expert; None for a full-range member
+    member: np.ndarray | None,  # (K_e,) class ids of the expert; None for a full-range member
     n_classes: int,  # C
     name: str,  # of the member, for messages
     rejects: bool = True,  # whether an expert that rejects everything is an error

@@ -22,7 +22,7 @@ def on_frontier(
 def plot_frontier(
     table: pd.DataFrame,  # columns method, minutes, top1 (percent), top1_sd (NaN for a single seed)
     ax: Axes | None = None,  # axes to use; None makes a new figure
-    title: str | None = None,
+    title: str | None = None,  # above the axes
 ) -> Axes:  # the axes
     "A point a recipe, with the spread of its seeds; the frontier as a line, its methods by name."
     ax = house_axes(ax, (5.5, 3.6))

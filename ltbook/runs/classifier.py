@@ -74,7 +74,7 @@ def trained_classifier(
     run: Run,  # finished, with weights
     context: Context,  # fresh, of its recipe; its network gets the weights
 ) -> Classifier:  # of its last stage
-    "As `classifier_of`, where the data are at hand already."
+    "As `classifier_of`, where the data are at hand already. Raises `UserError` for a method without one."
     few = context.parts['test'].subset(np.arange(min(8, len(context.parts['test']))))
     context, stage = replace(context, parts=context.parts | dict(test=few)), None
     for name, stage in trained_stages(run, context):      # a later one may ask what an earlier one said
@@ -99,12 +99,13 @@ def find_pictures(
     return found
 
 def predict_pictures(
-    network: Classifier,
+    network: Classifier,  # of `classifier_of` or `from_export`
     files: Sequence[Path],  # from `find_pictures`
     fit: str = 'crop',  # how they become squares, a key of `ltbook.data.pictures.FITS`
     batch_size: int = 256,  # pictures at once
 ) -> Iterator[dict]:  # file, class, probability, group, second, error
-    "The class of every picture, with the runner-up. A picture that can't be read has an error and no class."
+    ("The class of every picture, with the runner-up. A picture that can't be read has an error and no class. Raises "
+     "`UserError` for a network that is not made for squares.")
     high, wide, channels = network.shape
     if high != wide: raise UserError(f'Pictures become squares, but this network was made for {high} x {wide} pixels.')
     reading = Reading(side=high, fit=fit)

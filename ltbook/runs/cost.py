@@ -31,7 +31,9 @@ class Cost:
     stages: tuple[str, ...]  # later ones, of which nothing is known yet
 
     @property
-    def hours(self) -> float: return self.images*self.epochs/self.rate/3600
+    def hours(self) -> float:
+        "Hours until it is done."
+        return self.images*self.epochs/self.rate/3600
 
     def __str__(self) -> str:
         n = self.images*self.epochs

@@ -181,7 +181,7 @@ def _same(network: Classifier, folder: Path, pixels: torch.Tensor, run: Run) -> 
                         f'predict with the run itself: ltbook predict {run.id} FOLDER')
 
 def to_onnx(
-    network: Classifier,
+    network: Classifier,  # of `classifier_of`
     file: Path,  # to write
 ) -> Path:  # `file`
     "The network with its normalisation: uint8 (n, H, W, C) -> float (n, K). Raises `UserError` without the packages."

@@ -8,16 +8,15 @@ __all__ = ['UNLISTED', 'run_id', 'open_folder', 'Run', 'load_run', 'scan_runs', 
 
 # %% ../../nbs/runs/62_folder.ipynb #b7214ade
 import shlex, warnings
-from base64 import b64encode
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Annotated
 import h5py, numpy as np, pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.checks import UserError
+from ..data.html import Picture, html_table
 from ..methods.method import get_method
 from .keeping import verify_files
 from ..methods.recipe import Recipe, recipe_hash
@@ -63,7 +62,9 @@ class Run:
     env: dict  # where and how it ran
 
     @cached_property
-    def id(self) -> str: return run_id(self.recipe)
+    def id(self) -> str:
+        "Its name: data set, method, seed and the hash of the recipe."
+        return run_id(self.recipe)
 
     @property
     def stages(self) -> list[str]:
@@ -88,15 +89,11 @@ class Run:
     def _repr_html_(self) -> str:
         "What a notebook shows: the measures of every stage, and the reliability diagram where it was drawn."
         keys = dict(top1='top-1', many='many', medium='medium', few='few', ece15='ECE')
-        head = ''.join(f'<th>{k}</th>' for k in ('stage', *keys.values()))
         def number(v): return 'n/a' if v is None else f'{100*v:.1f}'
-        rows = ''.join(f'<tr><td>{escape(s)}</td>' + ''.join(f'<td>{number(self.metrics[s][k])}</td>' for k in keys)
-                       + '</tr>' for s in self.stages)
-        drawn, picture = self.path/'figures'/'reliability.png', ''
-        if drawn.exists():
-            data = b64encode(drawn.read_bytes()).decode()
-            picture = f'<img alt="reliability diagrams" style="max-width: 32em" src="data:image/png;base64,{data}">'
-        return f'<p><b>{escape(self.id)}</b>, percent</p><table><tr>{head}</tr>{rows}</table>{picture}'
+        rows = [(s, *(number(self.metrics[s][k]) for k in keys)) for s in self.stages]
+        drawn = self.path/'figures'/'reliability.png'
+        picture = Picture(drawn.read_bytes(), 'reliability diagrams', '32em').html() if drawn.exists() else ''
+        return html_table(f'{self.id}, percent', ('stage', *keys.values()), rows) + picture
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -106,7 +103,8 @@ class Run:
 
     @cached_property
     def predictions(self) -> dict[str, np.ndarray]:
-        "Arrays of predictions.h5 by name: 'logits', 'labels', 'train_counts', 'stage1/logits', ..."
+        ("Arrays of predictions.h5 by name: 'logits', 'labels', 'train_counts', 'stage1/logits', ... Raises "
+         "`UserError` where they are not here.")
         file = self.path/'predictions.h5'
         if not file.exists():
             raise UserError(

@@ -59,7 +59,7 @@ def recipe_of(
     words: dict,  # the known parameters; None or '' for those left alone
     extra: dict,  # whatever else was passed
 ) -> Recipe:  # validated; Raises `UserError` for unknown or mistyped parameters
-    "The recipe that a notebook's parameters ask for."
+    "The recipe that a notebook's parameters ask for. Raises `UserError` for unknown or mistyped parameters."
     given = {k: words[k] for k in WORDS[1:7] if words.get(k) not in (None, '')}
     words_only = sorted(set(extra) & {*WORDS, 'source'} - {'seed', 'epochs', 'precision'})
     if words_only:

@@ -39,9 +39,13 @@ def results_of(
             if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 # %% ../../nbs/runs/663_tracking.ipynb #a8e7defa
-class TensorBoard:
+class TensorBoard(Tracker):
     "Scalars, figures and the recipe as text."
-    def __init__(self, recipe: Recipe, place: Path):
+    def __init__(
+        self,
+        recipe: Recipe,  # of the run, noted as parameters
+        place: Path,  # under which it writes
+    ):
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(str(place/'tensorboard'/run_id(recipe)))
         self.writer.add_text('recipe', f'```\n{json.dumps(flat(recipe), indent=1, default=str)}\n```')
@@ -59,9 +63,13 @@ class TensorBoard:
 
     def close(self) -> None: self.writer.close()
 
-class MLflow:
+class MLflow(Tracker):
     "A run of the experiment ltbook: metrics, parameters, figures."
-    def __init__(self, recipe: Recipe, place: Path):
+    def __init__(
+        self,
+        recipe: Recipe,  # of the run, noted as parameters
+        place: Path,  # under which it writes
+    ):
         import mlflow
         self.mlflow = mlflow
         if not os.environ.get('MLFLOW_TRACKING_URI'):
@@ -83,9 +91,13 @@ class MLflow:
 
     def close(self) -> None: self.mlflow.end_run()
 
-class WandB:
+class WandB(Tracker):
     "A run of the project ltbook, offline."
-    def __init__(self, recipe: Recipe, place: Path):
+    def __init__(
+        self,
+        recipe: Recipe,  # of the run, noted as parameters
+        place: Path,  # under which it writes
+    ):
         os.environ.setdefault('WANDB_SILENT', 'true')
         import wandb
         self.wandb = wandb
@@ -106,9 +118,14 @@ class WandB:
 TRACKERS = dict(tensorboard=TensorBoard, mlflow=MLflow, wandb=WandB)
 
 # %% ../../nbs/runs/663_tracking.ipynb #b90b157e
-class Careful:
+class Careful(Tracker):
     "A tracker whose failures are a warning."
-    def __init__(self, name: str, tracker: Tracker): self.name, self.tracker = name, tracker
+    def __init__(
+        self,
+        name: str,  # for the message
+        tracker: Tracker,  # that may fail
+    ):
+        self.name, self.tracker = name, tracker
 
     def _try(self, what, *args) -> None:
         if self.tracker is None: return

@@ -42,7 +42,7 @@ def verdict(
 
 # %% ../../nbs/studies/6941_compare.ipynb #66f2c1bd
 def seeds_together(
-    runs: Iterable[Run],
+    runs: Iterable[Run],  # in any order
 ) -> list[list[Run]]:  # those of one recipe in one list, in the order in which recipes first appear
     "Runs that differ in nothing but the seed."
     groups: dict[tuple, list[Run]] = {}

@@ -49,10 +49,10 @@ class Logits:
             raise UserError(f'The labels of {self.name} reach from {int(self.labels.min())} to '
                             f'{int(self.labels.max())}, but its class_mask is about {self.n_classes} classes.')
         check_logits(self.logits, self.classes, self.n_classes, self.name, rejects=False)
-
     @property
-    def n_classes(self) -> int: return len(self.class_mask)
-
+    def n_classes(self) -> int:
+        "C, of all experts together."
+        return len(self.class_mask)
     @property
     def classes(self) -> np.ndarray | None:
         "Class ids of an expert; None for a member that knows all classes."

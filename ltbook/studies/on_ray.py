@@ -69,7 +69,8 @@ def run_there(
 
 # %% ../../nbs/studies/683_on_ray.ipynb #cb85f35a
 class Ray:
-    "Cells as tasks of a Ray cluster. To be closed at the end, whatever happens."
+    ("Cells as tasks of a Ray cluster. To be closed at the end, whatever happens. Raises `UserError` where Ray is "
+     "missing or no cluster answers.")
     def __init__(
         self,
         out: Path,  # folder of all runs
@@ -98,7 +99,8 @@ class Ray:
         self.pool = ThreadPoolExecutor(1000)      # threads that wait; one is made for each cell that runs
 
     @property
-    def slots(self) -> int:  # cells at once, as the cluster is now
+    def slots(self) -> int:
+        "Cells at once, as the cluster is now."
         has = self.ray.cluster_resources()
         return max(1, int(min(has.get(k, 0)//n for k, n in (('CPU', self.cpus), ('GPU', self.gpus)) if n)))
 

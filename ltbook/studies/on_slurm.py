@@ -32,7 +32,8 @@ class Job:
         return DelayedSubmission(self)
 
 class Slurm:
-    "Cells as jobs of a queue. To be closed at the end, whatever happens: what still waits or runs is cancelled."
+    ("Cells as jobs of a queue. To be closed at the end, whatever happens: what still waits or runs is cancelled. "
+     "Raises `UserError` without submitit, or without SLURM.")
     def __init__(
         self,
         out: Path,  # folder of all runs, seen by all nodes

@@ -33,7 +33,7 @@ FIGURES = dict(
     difficulty='Difficulty of every class over the epochs')
 
 def data_uri(
-    png: bytes,
+    png: bytes,  # content of a file
 ) -> str:  # for the `src` of an image
     "A picture as part of a page, with at most 64 colours."
     image, out = Image.open(BytesIO(png)).convert('RGB'), BytesIO()
@@ -245,7 +245,7 @@ def _frontiers(board: pd.DataFrame) -> list[dict]:
 def report(
     runs: Iterable[Run],  # finished
     file: Path,  # to write
-    title: str = 'Long-tailed recognition: results',
+    title: str = 'Long-tailed recognition: results',  # of the page
     most: int = 50,  # recipes with figures
     bad: Iterable[str] = (),  # why other runs are left out
 ) -> Path:  # `file`

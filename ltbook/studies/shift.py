@@ -77,7 +77,7 @@ def answers(
 @torch.inference_mode()
 def view_logits(
     run: Run,  # finished, with weights
-    needed: np.ndarray,  # positions in the test set that will be asked for
+    needed: np.ndarray,  # (m,) positions in the test set that will be asked for
     root: str | Path | None = None,  # of the data, see `data_root`
     epochs: int = 5,  # pairs of views of every image
     seed: int = 0,  # of the views

@@ -113,7 +113,10 @@ def how_it_ended(
 # %% ../../nbs/studies/694_sweep.ipynb #dfa1e8c2
 class Watcher:
     "The cells that run now, live in a terminal; nothing elsewhere."
-    def __init__(self, console: Console):
+    def __init__(
+        self,
+        console: Console,  # of rich
+    ):
         self.console, self.last = console, 0.
         self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
 

@@ -22,13 +22,21 @@ class FunctionView:
         function: Callable[[np.ndarray, np.random.Generator | None], dict],  # positions -> batch
     ): self.function = function
 
-    def plan(self, index: np.ndarray, rng: np.random.Generator | None = None) -> dict: return self.function(index, rng)
+    def plan(self, index: np.ndarray, rng: np.random.Generator | None = None) -> dict:
+        "The batch, as there is nothing to load later."
+        return self.function(index, rng)
 
-    def part(self, plan: dict, rows: np.ndarray, n: int) -> dict: return part_of(plan, rows, n)
+    def part(self, plan: dict, rows: np.ndarray, n: int) -> dict:
+        "Some rows of it."
+        return part_of(plan, rows, n)
 
-    def load(self, plan: dict) -> dict: return plan
+    def load(self, plan: dict) -> dict:
+        "What was planned."
+        return plan
 
-    def apply(self, loaded: dict) -> dict: return loaded
+    def apply(self, loaded: dict) -> dict:
+        "What was planned."
+        return loaded
 
 def as_view(
     view,  # with `plan`, `load` and `apply`, or a function (index, rng) -> batch

@@ -118,7 +118,7 @@ def write_atomic(
     write: Callable[[Path], None],  # writes the whole file under the name it is given
 ) -> Path:  # `path`
     ("Write under another name, note the hash if the folder keeps a list, rename. After an error the old file "
-     "is untouched. Of several ranks only the first writes.")
+     "is untouched, and a full disk is a `UserError`. Of several ranks only the first writes.")
     path = Path(path)
     if not first(): return path
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')

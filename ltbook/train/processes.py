@@ -45,7 +45,8 @@ def child_env(
 def note_import(
     module: str,  # a.b.c, or a file ending in .py or .ipynb; see `ltbook.methods.method.import_methods`
 ) -> None:
-    "Have this process, and those it starts, import a module with methods when they look for one."
+    ("Have this process, and those it starts, import a module with methods when they look for one. Raises "
+     "`UserError` for a name that cannot be one.")
     known = list(filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)))
     if not module.isprintable():
         raise UserError(f'{printable(module)} cannot be imported: name a module such as a.b.c, or a file.')

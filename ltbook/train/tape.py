@@ -52,11 +52,19 @@ class TapeCuda:
     ("What is asked of `torch.cuda` by `Replay`, `Pack` and `CapturedStep`, on a CPU; "
      "`graphs` has a note of each: `replays` and `operations`.")
     def __init__(self): self.graphs, self.pools = [], []
-    def Stream(self) -> SimpleNamespace: return SimpleNamespace(wait_stream=lambda other: None)
+    def Stream(self) -> SimpleNamespace:
+        "A stream that waits for nothing."
+        return SimpleNamespace(wait_stream=lambda other: None)
     current_stream = Stream
-    def stream(self, s) -> AbstractContextManager: return nullcontext()
-    def synchronize(self) -> None: pass
-    def set_device(self, device) -> int: return _get_device_index(device)      # refuses one without a number
+    def stream(self, s) -> AbstractContextManager:
+        "A context that changes nothing."
+        return nullcontext()
+    def synchronize(self) -> None:
+        "Nothing to wait for."
+        pass
+    def set_device(self, device) -> int:
+        "Its number; `ValueError` for a device without one."
+        return _get_device_index(device)      # refuses one without a number
 
     def graph_pool_handle(self) -> int:
         "A number for memory that graphs share."

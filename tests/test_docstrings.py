@@ -1,0 +1,113 @@
+"Every exported name says what it is: counted, so that a new one that doesn't is seen"
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import ltbook
+
+PACKAGE = Path(ltbook.__file__).parent
+MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py'))
+PROTOCOL = {'forward', 'state_dict', 'load_state_dict'}      # of PyTorch: everybody knows what they do
+ARRAY = re.compile(r'^[^\[]*\b(Tensor|ndarray)\b')      # not of arrays within something
+SHAPE = re.compile(r'\(|scalar|any shape')
+
+
+class Module:
+    "What can be known of a module without importing it"
+    def __init__(self, path):
+        self.name, source = path.relative_to(PACKAGE).with_suffix('').as_posix(), path.read_text()
+        self.lines, self.tree, self.comments = source.splitlines(), ast.parse(source), {}
+        for t in tokenize.generate_tokens(io.StringIO(source).readline):
+            if t.type == tokenize.COMMENT: self.comments[t.start[0]] = t.string
+        listed = [n.value.elts for n in self.tree.body if isinstance(n, ast.Assign)
+                  and getattr(n.targets[0], 'id', '') == '__all__']
+        names = {e.value for e in listed[0] if isinstance(e, ast.Constant)} if listed else set()
+        self.exported = [
+            n for n in self.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in names]
+
+    def about(self, argument):
+        "The comment beside a parameter, or in the lines of comments above it"
+        found = [self.comments[i] for i in range(argument.lineno, argument.end_lineno + 1) if i in self.comments]
+        line = argument.lineno - 1
+        while line in self.comments and self.lines[line - 1].lstrip().startswith('#'):
+            found, line = [self.comments[line], *found], line - 1
+        return ' '.join(found)
+
+
+def arguments(function):
+    a = function.args
+    return [x for x in (*a.posonlyargs, *a.args, *a.kwonlyargs) if x.arg not in ('self', 'cls')]
+
+
+def errors(function):
+    "Does its own body, not that of a function inside, raise what is meant for users?"
+    inside = {id(n) for f in ast.walk(function) if isinstance(f, (ast.FunctionDef, ast.Lambda)) and f is not function
+              for n in ast.walk(f)}
+    return any(isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call) and getattr(n.exc.func, 'id', '') == 'UserError'
+               for n in ast.walk(function) if id(n) not in inside)
+
+
+def is_command(function):
+    "Of the command line: its help explains the words"
+    return function.name[-1] == '_' != function.name[0]
+
+
+def lacks(module):
+    "What is missing in a module, as sentences"
+    for n in module.exported:
+        doc = ast.get_docstring(n) or ''
+        if not doc: yield f'{n.name} has no docstring'
+        functions = [f for f in n.body if isinstance(f, ast.FunctionDef)] if isinstance(n, ast.ClassDef) else [n]
+        based = isinstance(n, ast.ClassDef) and bool(n.bases)
+        for f in functions:
+            whole, own = f'{n.name}.{f.name}' if f is not n else n.name, ast.get_docstring(f) or ''
+            if f is not n and f.name != '__init__':
+                known = f.name.startswith('_') or f.name in PROTOCOL or based      # the class it is made of says it
+                if not (own or known): yield f'{whole} has no docstring'
+                if not f.name.startswith('_') and errors(f) and 'UserError' not in own + doc:
+                    yield f'{whole} raises UserError and does not say so'
+                continue
+            if errors(f) and not is_command(f) and 'UserError' not in own + doc:
+                yield f'{whole} raises UserError and does not say so'
+            for a in arguments(f):
+                said, kind = module.about(a), '' if a.annotation is None else ast.unparse(a.annotation)
+                if 'typer.' in kind: continue      # its help says it
+                if not said and not is_command(f) and f'`{a.arg}`' not in own + doc:
+                    yield f'{whole}: {a.arg} is not explained'
+                if said and ARRAY.search(kind) and not SHAPE.search(said):
+                    yield f'{whole}: {a.arg} has no shape'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: p.relative_to(PACKAGE).with_suffix('').as_posix())
+def test_every_exported_name_is_explained(path): assert [*lacks(Module(path))] == []
+
+
+def test_how_many_there_are():
+    "The test sees them, and sees what is missing"
+    assert sum(len(Module(p).exported) for p in MODULES) > 700
+
+
+BAD = '''
+__all__ = ['f', 'A', 'g_']
+def f(x: Tensor,  # logits
+      y):
+    if x: raise UserError('no')
+class A:
+    "Of something."
+    def __init__(self, n): pass
+    def act(self): return 1
+def g_(word): "A verb."
+'''
+
+
+def test_what_it_finds(tmp_path, monkeypatch):
+    import sys
+    (tmp_path/'bad.py').write_text(BAD)
+    monkeypatch.setattr(sys.modules[__name__], 'PACKAGE', tmp_path)
+    assert [*lacks(Module(tmp_path/'bad.py'))] == [
+        'f has no docstring', 'f raises UserError and does not say so', 'f: x has no shape', 'f: y is not explained',
+        'A.__init__: n is not explained', 'A.act has no docstring']

@@ -16,7 +16,7 @@ from ..data.checks import UserError
 from .folder import load_run, open_folder, run_id
 from ..methods.recipe import Recipe, recipe
 from .keeping import owned
-from .progress import last_line
+from .progress import Moment, read_progress
 from .start import recipe_from
 from ..train.files import read_rows, write_atomic
 
@@ -107,7 +107,7 @@ def run_notebook(
     recipe: Recipe,  # what the parameters amount to; names the run folder
     words: dict,  # known parameters, as in `WORDS`
     extra: dict,  # further ones
-    show: Callable[[str], None] = lambda text: None,  # called with the live line
+    show: Callable[[Moment | str], None] = lambda where: None,  # called with where it is
     report: Callable[[dict], None] = lambda row: None,  # called with every row of the history
     say: Callable[[str], None] = print,  # told whom it waits for
 ) -> Path:  # the run folder, with run.ipynb
@@ -162,7 +162,7 @@ def _watch(folder: Path, show, report, over: threading.Event) -> None:
     seen, last, rows = len(rows_so_far(folder)), False, []
     while not last:
         last = over.wait(0.5)
-        if text := last_line(folder): show(text)
+        if where := read_progress(folder): show(where)
         rows = rows_so_far(folder)
         for row in rows[seen:]: report(row)
         seen = max(seen, len(rows))

@@ -17,7 +17,7 @@ from ..data.checks import UserError
 from ..runs.folder import Run, load_run
 from ..runs.keeping import busy
 from ..runs.notebook import rows_so_far
-from ..runs.progress import COLUMNS, cell, last_line
+from ..runs.progress import COLUMNS, LIVE, Moment, cell, read_progress
 from .engines import Engine
 from .grid import Cell
 
@@ -140,12 +140,12 @@ class Watcher:
 def live_table(
     cells: list[Cell],  # that run
 ) -> Table:  # for a rich console
-    "Where each of them is: its live line, or the last row of its history."
-    table = Table('run', 'where it is', box=None, show_header=False)
+    "Where each of them is: what it says itself, or the last row of its history."
+    table = Table('run', *LIVE, box=None)
     for c in cells:
-        rows = rows_so_far(c.folder)
-        past = f'{rows[-1]["stage"]}  epoch {rows[-1]["epoch"] + 1} done' if rows else 'starting'
-        table.add_row(c.id, last_line(c.folder) or past)
+        where, rows = read_progress(c.folder), rows_so_far(c.folder)
+        past = (rows[-1]['stage'], str(rows[-1]['epoch'] + 1)) if rows else ('starting',)
+        table.add_row(c.id, *(where.cells() if isinstance(where, Moment) else past))
     return table
 
 # %% ../../nbs/studies/694_sweep.ipynb #7b1f6dcf

@@ -17,13 +17,14 @@ def live(
 ):  # a widget that shows what was drawn, now and whenever a value changes
     "A figure and a text under controls. The figure is closed once it is drawn."
     import ipywidgets
-    picture, words = ipywidgets.Image(format='png'), ipywidgets.HTML()
+    picture, words = ipywidgets.Image(format='png', layout=dict(max_width='100%')), ipywidgets.HTML()
     def renew(*_):
         figure, words.value = draw(**{k: c.value for k, c in controls.items()})
         picture.layout.display = None if figure else 'none'
         if figure:
             png = BytesIO()
             figure.savefig(png, format='png', dpi=90)
+            picture.layout.width = f'{90*figure.get_figwidth():.0f}px'      # or it is stretched over the page
             plt.close(figure)
             picture.value = png.getvalue()
     for c in controls.values(): c.observe(renew, 'value')

@@ -7,7 +7,7 @@ __all__ = ['UNLISTED', 'run_id', 'open_folder', 'Run', 'load_run', 'scan_runs', 
            'resolve_run', 'find_outputs']
 
 # %% ../../nbs/runs/62_folder.ipynb #b7214ade
-import shlex, warnings
+import os, shlex, warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -265,6 +265,8 @@ def resolve_run(
 
 # %% ../../nbs/runs/62_folder.ipynb #ae15b9e8
 def find_outputs() -> Path:  # it may not exist
-    "The folder `outputs` beside settings.ini, from the current folder upwards; else the one in the current folder."
+    ("The folder in the environment variable LTBOOK_OUTPUTS; else `outputs` beside settings.ini, from the current "
+     "folder upwards; else the one in the current folder.")
+    if named := os.environ.get('LTBOOK_OUTPUTS'): return Path(named)
     here = Path.cwd()
     return next((p/'outputs' for p in (here, *here.parents) if (p/'settings.ini').exists()), here/'outputs')

@@ -20,6 +20,7 @@ from ..data.profile import LongTail, long_tail
 from ..data.sampling import InstanceBalanced
 from ..data.stores import ImageSet
 from ..losses.cross_entropy import mixed_cross_entropy
+from .fast import fast_rows
 from .method import PHOTOGRAPHS, Context, Method, Published, Settings, register
 from .stages import representation_stage
 from ..models.fusion import JointCalibration, check_logits
@@ -252,9 +253,8 @@ def fusion_stage(
     tied = s.parameters == 'tied' or (s.parameters == 'protocol' and s.protocol == 'H')
     net = JointCalibration(list(who.values()), context.n_classes, ratios if shift else None, tied).to(device)
     x = side_by_side(context, 'val', full).to(device)
-    stage = calibration_stage(
-        net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs, s.calibration_lr,
-        s.calibration_batch, r.seed, steps=r.max_steps, momentum=r.momentum)
+    stage = calibration_stage(net, x, context.parts[s.calibrate_on].labels, context.n_classes, name, epochs,
+                              s.calibration_lr, s.calibration_batch, r.seed, steps=r.max_steps, momentum=r.momentum)
     @torch.no_grad()
     def outputs(): return dict(logits=net(side_by_side(context, 'test', full).to(device)), val_logits=net(x))
     stage.outputs, stage.selection = outputs, 'best_on_val' if s.protocol == 'V' else 'last'  # of the networks
@@ -265,9 +265,8 @@ def calibrated(
     extended: bool = False,  # with those of the generalist, where the settings ask for it
 ) -> Stage | None:
     "The joint calibration of all experts; its answer is that of the method."
-    if extended and not context.settings.extended: return None
-    name = 'extended' if extended else 'calibrated'
-    return fusion_stage(context, name, epochs=context.settings.calibration_epochs, full=extended)
+    name, s = 'extended' if extended else 'calibrated', context.settings
+    if s.extended or not extended: return fusion_stage(context, name, epochs=s.calibration_epochs, full=extended)
 
 STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lambda c: expert(c, 2),
               expert3=lambda c: expert(c, 3), fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False),
@@ -296,5 +295,6 @@ class_balanced_experts = register(Method(
     'Sharma et al., GCPR 2020, arXiv 2004.03706',
     STAGES, ExpertSettings, RECIPES,
     short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2),
+    fast=dict(expert_epochs=(24, 24, 40)), sweeps=dict(fast=lambda: fast_rows('class_balanced_experts')),
     split=experts_split, check=check_depths, stage1='generalist',
     printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

@@ -99,7 +99,7 @@ dirmixe = register(Method(
             _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0),
             'ltbook: the CIFAR-10 values, as no paper uses digits'),
     ),
-    fast={},
+    fast=dict(penalty=0.2),
     sweeps=dict(fast=lambda: fast_rows('dirmixe')),
     stage1='dirmixe',
     printed=dict(stage1=('DirMixE', 'DirMixE')),

@@ -47,7 +47,9 @@ def compare_(
                         'ltbook show')
     s = short_board(table) if board else short(table)
     if form != 'table': return typer.echo(formatted(table, form, s), nl=False)
-    print_table('all methods, percent' if board else 'printed and ours, percent', tuple(s.columns), s.values.tolist())
+    spare = ('parameters', 'epochs', 'nll', 'minutes', 'forward50', 'medium', 'many') if board else ()
+    title = 'all methods, percent' if board else 'printed and ours, percent'
+    print_table(title, tuple(s.columns), s.values.tolist(), spare)
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
 
 @app.command('rm', rich_help_panel='Results')

@@ -7,7 +7,7 @@ __all__ = ['app', 'console', 'Out', 'Root', 'Device', 'PoliteGroup', 'top', 'Saf
            'parse_changes']
 
 # %% ../../nbs/cli/790_words.ipynb #0b833a73
-import json
+import json, os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +73,7 @@ class SafeConsole(Console):
 def _safe(thing): return '\n'.join(map(printable, thing.splitlines())) if isinstance(thing, str) else thing
 
 console = SafeConsole(highlight=False, markup=False, force_jupyter=False)
+if not console.is_terminal and 'COLUMNS' not in os.environ: console.width = 140      # a file has room
 
 # %% ../../nbs/cli/790_words.ipynb #e71c03f7
 Out = Annotated[Path, typer.Option(help='Folder of all runs.')]
@@ -83,11 +84,20 @@ def print_table(
     title: str,  # above it
     head: tuple,  # names of the columns
     rows: list,  # tuples, a value a column
+    spare: tuple = (),  # columns that a narrow terminal can do without, the first one first
 ) -> None:
-    "A plain table."
-    table = Table(title=title, title_justify='left')
-    for h in head: table.add_column(h, overflow='fold', no_wrap=h == 'run')
-    for row in rows: table.add_row(*(_safe(str(v)) for v in row))
+    "A plain table; what is left out for lack of room is named below it."
+    # long words are folded
+    widths = {h: min(24, max(len(str(v)) for v in (h, *(row[k] for row in rows)))) + 3 for k, h in enumerate(head)}
+    left_out = []
+    for h in spare:
+        if sum(widths.values()) - sum(widths[k] for k in left_out) < console.width: break
+        if h in widths: left_out.append(h)
+    shown = [k for k, h in enumerate(head) if h not in left_out]
+    caption = f'left out in this width: {", ".join(left_out)}' if left_out else None
+    table = Table(title=title, title_justify='left', caption=caption, caption_justify='left')
+    for k in shown: table.add_column(head[k], overflow='fold', no_wrap=head[k] == 'run')
+    for row in rows: table.add_row(*(_safe(str(row[k])) for k in shown))
     console.print(table)
 
 @contextmanager

@@ -117,7 +117,7 @@ def predict_pictures(
     for at in range(0, len(files), batch_size):
         some = files[at:at + batch_size]
         read = [one(f) for f in some]
-        good = [torch.from_numpy(np.ascontiguousarray(x)) for x in read if not isinstance(x, str)]
+        good = [torch.tensor(x) for x in read if not isinstance(x, str)]
         p = iter(network.predict(torch.stack(good)) if good else ())
         for file, x in zip(some, read):
             row = dict.fromkeys(('file', 'class', 'probability', 'group', 'second', 'error'), '') | dict(file=str(file))

@@ -258,7 +258,7 @@ def test_shift_of_any_run(runs):
             (p['logits'].argmax(1) == p['labels'])[s.indices].mean())
         assert [d['sha256'] for d in json.loads((path/'shift'/'shifts.json').read_text())][0] == s.to_dict()['sha256']
     both = collect_shifts([load_run(p) for p in runs.values()])
-    assert set(both.line) == {'sade', 'mislas'} and len(shift_summary(both[both.line == 'sade'])) == 9
+    assert set(both.line) == {'sade', 'mislas'} and len(shift_summary(both[both.line == 'sade'])) == 10
     w = pd.read_csv(runs['sade']/'shift'/'weights.csv')
     assert np.allclose(w[['w1', 'w2', 'w3']].sum(axis=1), 1) and w['shift'].nunique() == 11
 

@@ -18,7 +18,7 @@ from ..data.profile import shot_groups
 from ..data.shift import COMPONENTS, RATIOS, Shift, dirichlet_shift, ratio_shifts, reference_shifts
 from ..data.views import FixedViews, RandomViews
 from ..measure.accuracy import per_class_accuracy, shot_accuracy, top1
-from ..measure.aggregation import learn_weights, mix
+from ..measure.aggregation import guarded, learn_weights, mix
 from ..measure.label_shift import estimate_prior, replace_prior
 from ..runs.evaluate import trained_stages
 from ..runs.folder import Run, load_run
@@ -71,7 +71,10 @@ def answers(
         out[f'EM ({name})'] = replace_prior(z, source, estimate_prior(unlabelled, source).clamp_min(1e-12))
     if experts is None: return out
     out |= {f'expert {k + 1}': e for k, e in enumerate(experts[shift.indices].unbind(1))}
-    return out if weights is None else out | dict(adapted=mix(experts[shift.indices], torch.as_tensor(weights)))
+    if weights is None: return out
+    learned, q = torch.as_tensor(weights), estimate_prior(unlabelled, priors['uniform'])      # what the mean is for
+    both = dict(adapted=learned, guarded=guarded(learned, q, train_counts))
+    return out | {k: mix(experts[shift.indices], w) for k, w in both.items()}
 
 # %% ../../nbs/studies/67_shift.ipynb #4b6a1fbf
 @torch.inference_mode()
@@ -195,7 +198,8 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
     write_json(folder/'settings.json', settings)
 
 # %% ../../nbs/studies/67_shift.ipynb #42babe22
-MAIN_ANSWERS = ('as is', 'true prior (train)', 'EM (train)', 'true prior (uniform)', 'EM (uniform)', 'adapted')
+MAIN_ANSWERS = (
+    'as is', 'true prior (train)', 'EM (train)', 'true prior (uniform)', 'EM (uniform)', 'adapted', 'guarded')
 
 def shift_lines(
     table: pd.DataFrame,  # of `shift`

@@ -120,8 +120,10 @@ Mean and standard deviation of the channels are those of the train images. The f
 `ltbook run mislas NAME` finds it.
 
 @@ code
-pixels = train.images.double()/255
-place = write_h5(data_root()/'NAME.h5', train, test, mean=(pixels.mean().item(), ), std=(pixels.std().item(), ),
+pixels, file = train.images.double()/255, data_root()/'NAME.h5'
+# made by this page before, or not at all: another set of this name stays
+assert not file.exists() or load_images('NAME').source == 'drawn', f'{file} is not of this page'
+place = write_h5(file, train, test, mean=(pixels.mean().item(), ), std=(pixels.std().item(), ),
                  pad=2, flip=False, source='drawn')
 data = load_images('NAME')
 assert data.train.counts.tolist() == [200, 60, 20, 6] and data.test.shape == (16, 16, 1)
@@ -161,11 +163,14 @@ def new_(
     kind: Annotated[str, typer.Argument(help='method or dataset.')],
     name: Annotated[str, typer.Argument(help='Letters, digits and _.')]):
     "Write a notebook to begin with: NAME.ipynb in the current folder."
+    from ltbook.data.images import DATASETS, own_sets
     from ltbook.methods.method import methods
     page, file = skeleton(kind, check_name(name, kind)), Path(f'{name}.ipynb')
     if not name.isidentifier(): raise UserError(f'{name!r} cannot name a {kind} in Python: use letters, digits and _.')
     if kind == 'method' and name in methods():
         raise UserError(f'There is a method {name} already: choose another name.')
+    if kind == 'dataset' and name in {*DATASETS, *own_sets()}:
+        raise UserError(f'There is a data set {name} already: choose another name.')
     if file.exists(): raise UserError(f'{file} is there already: choose another name, or move it away.')
     try: file.write_text(json.dumps(page, indent=1) + '\n', encoding='utf-8')
     except OSError as e: raise UserError(f'Cannot write {file}: {e.strerror}.') from None

@@ -86,4 +86,7 @@ def save_dataset(
         names = max((p.classes for p in parts), key=len)
         parts = [ImageSet(p.images, p.labels, names) for p in parts]
     write_h5(path, *parts, flip=flip, source=source or type(train).__name__)
-    return load_images(name, root)
+    try: return load_images(name, root)
+    except UserError:
+        path.unlink()      # what nobody can read isn't left under the name
+        raise

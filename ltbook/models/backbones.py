@@ -7,7 +7,6 @@ __all__ = ['BACKBONES', 'FROZEN', 'EXPERT_BACKBONES', 'build_backbone']
 
 # %% ../../nbs/models/121_backbones.ipynb #122f075d
 from functools import partial
-from types import MethodType
 from torch import nn
 from ..data.checks import UserError, one_of
 from .expert_resnet import ExpertResNet32
@@ -40,9 +39,12 @@ def build_backbone(
     build = partial(TimmNetwork, name[len(PREFIX):]) if name.startswith(PREFIX) else BACKBONES[
         one_of(name, BACKBONES, 'backbone')]
     network = build(n_classes, channels, head)
+    if isinstance(getattr(network, 'backbone', None), nn.Module):
+        raise UserError(f'The backbone {name} has a part called backbone, where stages ask for a function: '
+                        'rename it, to body for example.')
     if not hasattr(network, 'n_features') and hasattr(getattr(network, 'head', None), 'in_features'):
         network.n_features = network.head.in_features
-    if not hasattr(network, 'backbone'): network.backbone = MethodType(_but_the_head, network)
+    if not hasattr(network, 'backbone'): network.backbone = partial(_but_the_head, network)
     lacks = [k for k in ('features', 'head', 'n_features') if not hasattr(network, k)]
     if lacks: raise UserError(f'The backbone {name} lacks {", ".join(lacks)}: stages need them.')
     kind = HEADS[one_of(head, HEADS, 'head')]

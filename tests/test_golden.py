@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ltbook.data.checks import UserError
 from ltbook.data.images import data_root
-from ltbook.methods.method import methods
+from ltbook.methods.method import get_method, methods
+from ltbook.runs.classifier import trained_classifier
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
-from ltbook.runs.run import recipe_from, run
+from ltbook.runs.run import make_context, recipe_from, run
 
 GOLDEN = Path(__file__).parent/'golden'
 FIRST = GOLDEN/'runs.json'
@@ -130,7 +132,11 @@ def test_run(dataset, method, changes, tmp_path):
         dataset,
         profile='smoke',
         **dict(epochs=3, max_steps=None, **GENTLE) | SLOW.get(method, {}) | changes)
-    compare(name(dataset, method, changes), outcome(run(r, tmp_path, device='cpu')))
+    folder = run(r, tmp_path, device='cpu')
+    compare(name(dataset, method, changes), outcome(folder))
+    try: answers = bool(trained_classifier(load_run(folder), make_context(r, device='cpu')))
+    except UserError as e: answers = 'one network' not in str(e)
+    assert answers is get_method(method).one_network, 'it says of itself what is true'
 
 
 @pytest.mark.parametrize('method', SECOND)

@@ -121,17 +121,14 @@ def pack_(
     force: Annotated[bool, typer.Option('--force', help='Replace a data set of that name.')] = False,
     data_root: Root = None):
     "Make one file of a large set, from its archive and its lists; goes on where it was stopped."
-    from ltbook.data.checks import check_name
-    from ltbook.data.images import DATASETS, data_root as find_root
+    from ltbook.data.images import data_root as find_root
     from ltbook.data.large import declare_files, pack_large
     from ltbook.data.pictures import Reading
+    from ltbook.data.stores import new_place
     from rich.progress import Progress
 
-    if check_name(name, 'data set') in DATASETS: raise UserError(f'{name} is a built-in data set; choose another name.')
     root = find_root(data_root)
-    if any((root/f'{name}.{kind}').exists() for kind in ('h5', 'files.json')) and not force:
-        raise UserError(
-            f'There is a data set {name} in {root} already: choose another name, or replace it with --force.')
+    new_place(name, root, force)
     reading = Reading(size, fit, background)
     if as_files: file = declare_files(name, images, lists, root, reading)
     else:

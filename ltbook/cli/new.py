@@ -163,14 +163,14 @@ def new_(
     kind: Annotated[str, typer.Argument(help='method or dataset.')],
     name: Annotated[str, typer.Argument(help='Letters, digits and _.')]):
     "Write a notebook to begin with: NAME.ipynb in the current folder."
-    from ltbook.data.images import DATASETS, own_sets
+    from ltbook.data.images import data_root
+    from ltbook.data.stores import new_place
     from ltbook.methods.method import methods
     page, file = skeleton(kind, check_name(name, kind)), Path(f'{name}.ipynb')
     if not name.isidentifier(): raise UserError(f'{name!r} cannot name a {kind} in Python: use letters, digits and _.')
     if kind == 'method' and name in methods():
         raise UserError(f'There is a method {name} already: choose another name.')
-    if kind == 'dataset' and name in {*DATASETS, *own_sets()}:
-        raise UserError(f'There is a data set {name} already: choose another name.')
+    if kind == 'dataset': new_place(name, data_root(), None)
     if file.exists(): raise UserError(f'{file} is there already: choose another name, or move it away.')
     try: file.write_text(json.dumps(page, indent=1) + '\n', encoding='utf-8')
     except OSError as e: raise UserError(f'Cannot write {file}: {e.strerror}.') from None

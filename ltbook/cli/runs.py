@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Device, Out, Root, app, console, parse_changes, print_table, silent
+from .words import Device, Out, Root, app, console, hush, parse_changes, print_table
 from .show import show_run
 from ..data.checks import UserError, one_of
 
@@ -89,7 +89,8 @@ def run_(
     track: Annotated[
         Optional[str], typer.Option(help='Also tell tensorboard, mlflow or wandb (offline) about it.')] = None,
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False,
-    quiet: Annotated[bool, typer.Option('--quiet', '-q', help='Print the folder of the run, nothing else.')] = False,
+    quiet: Annotated[
+        bool, typer.Option('--quiet', '-q', help='Print the folder of the run, nothing else.', callback=hush)] = False,
     verbose: Annotated[
         bool, typer.Option('--verbose', '-v', help='Print the whole recipe, and in a terminal a line an epoch.')
     ] = False):
@@ -104,9 +105,9 @@ def run_(
     from ltbook.train.ranks import Sharing, launched
 
     if quiet and verbose: raise UserError('--quiet and --verbose are opposites: give one of them.')
-    sharing, tell = Sharing(processes, accumulate, batchnorm), (lambda *a, **k: None) if quiet else console.print
+    sharing = Sharing(processes, accumulate, batchnorm)
     if place := launched():      # by torchrun: the first one speaks
-        bare, console.quiet = True, place[0] > 0
+        bare, console.quiet = True, console.quiet or place[0] > 0
     first = resolve_run(start, out) if start else None
     words = dict(
         method=method,
@@ -130,7 +131,7 @@ def run_(
                             'give one of them.')
         from ltbook.cli.sweep import run_cells, seed_cells
         cells = seed_cells(seeds, words, extra)
-        with silent(quiet): run_cells(cells, data_root, device, bare=bare)
+        run_cells(cells, data_root, device, bare=bare)
         if quiet: print(*(c.folder for c in cells), sep='\n')
         return
     # the notebook has a default profile of its own
@@ -140,21 +141,21 @@ def run_(
     folder = out / run_id(recipe)
     context = prepare(recipe, out, data_root, device, first, sharing=sharing)  # mistakes show before a kernel starts
     if notebook is None and not bare:
-        tell(
+        console.print(
             'papermill or nbs/experiments/80_run.ipynb is not here: running without the notebook, so without figures.'
         )
     photographs = context and getattr(context.train, 'shape', (0,))[0] >= 64
     if photographs and recipe.profile != 'smoke' and not (place and place[0]) and not (folder/'history.csv').exists():
         from ltbook.runs.cost import cost
-        if said := cost(context): tell(str(said), soft_wrap=True)
+        if said := cost(context): console.print(str(said), soft_wrap=True)
     del context  # the run makes its own
     finished = (folder/'done.json').exists()
-    if verbose: tell(json.dumps(flat(recipe), indent=1, default=str))
+    if verbose: console.print(json.dumps(flat(recipe), indent=1, default=str))
     if slow_bf16(find_device(device), recipe.precision) and not finished and recipe.profile != 'smoke':
-        tell('This processor has no instructions for bf16 and emulates it: --precision fp32 is several times '
+        console.print('This processor has no instructions for bf16 and emulates it: --precision fp32 is several times '
                       'faster here (and another recipe, with a folder of its own).', soft_wrap=True)
-    if finished: tell(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
-    with Reporter(console, quiet=quiet, verbose=verbose) as r, tracked(track, recipe, out) as t:
+    if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
+    with Reporter(console, verbose=verbose) as r, tracked(track, recipe, out) as t:
         def report(row): r.report(row); t.row(row)
         if notebook is None or (finished and (folder/'run.ipynb').exists()):
             folder = run(recipe, out, data_root, device, first, report, r.on_step, say=r.say, sharing=sharing)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from .checks import UserError, check_name
-from .images import DATASETS, ImageData, data_root, load_images
+from .checks import UserError
+from .images import ImageData, data_root, load_images
 from .pictures import fit_square
-from .stores import ImageSet, write_h5
+from .stores import ImageSet, new_place, write_h5
 
 # %% ../../nbs/data/025_torch_dataset.ipynb #ac279b61
 def image_bytes(
@@ -78,9 +78,7 @@ def save_dataset(
     source: str | None = None,  # where the images came from; None: the type of the set
 ) -> ImageData:  # as `load_images(name)` reads it from now on
     "Write a data set, atomically. Raises `UserError` for a name that is taken, and for parts that don't fit together."
-    path = data_root(root)/f"{check_name(name, 'data set')}.h5"
-    if name in DATASETS or path.exists():
-        raise UserError(f'There is a data set {name} already: choose another name, or remove {path}.')
+    path = new_place(name, data_root(root), None)
     parts = [p if isinstance(p, ImageSet) else from_dataset(p, side) for p in (train, test)]
     if all(p.classes == tuple(map(str, range(p.n_classes))) for p in parts):      # numbers: the longer list has all
         names = max((p.classes for p in parts), key=len)

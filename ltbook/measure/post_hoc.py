@@ -12,7 +12,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..data.checks import UserError, one_of
-from ..data.profile import shot_groups
+from ..data.profile import class_groups
 from .accuracy import as_predictions
 
 # %% ../../nbs/measure/37_post_hoc.ipynb #f6a3243e
@@ -67,8 +67,7 @@ def fit_scaling(
     if kind == 'group' and counts is None: raise UserError('A temperature for each group needs the train counts.')
     place = torch.zeros(C, dtype=torch.int64)      # of the scale of every class
     if kind == 'vector': place = torch.arange(C)
-    if kind == 'group':
-        for g, ids in enumerate(shot_groups(np.asarray(counts), shot_rule).values()): place[torch.as_tensor(ids)] = g
+    if kind == 'group': place = torch.from_numpy(np.unique(class_groups(counts, shot_rule), return_inverse=True)[1])
     log_scale = torch.zeros(int(place.max()) + 1, dtype=torch.float64, requires_grad=True)
     shift = torch.zeros(C, dtype=torch.float64, requires_grad=kind == 'vector')
     free = [log_scale, shift] if kind == 'vector' else [log_scale]

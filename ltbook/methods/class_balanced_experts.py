@@ -296,5 +296,5 @@ class_balanced_experts = register(Method(
     STAGES, ExpertSettings, RECIPES,
     short=dict(expert_epochs=(12, 12, 20)), smoke=dict(expert_epochs=(1, 1, 1), calibration_epochs=2),
     fast=dict(expert_epochs=(24, 24, 40)), sweeps=dict(fast=lambda: fast_rows('class_balanced_experts')),
-    split=experts_split, check=check_depths, stage1='generalist',
+    split=experts_split, check=check_depths, stage1='generalist', one_network=False,
     printed=dict(calibrated=('Class-Balanced Experts', 'CBExperts'))))

@@ -290,4 +290,5 @@ dlsa = register(Method(
     smoke=dict(flow_epochs=1, head_epochs=1, standardize=True),
     split=dlsa_split,
     network=dlsa_network,
-    data=dlsa_data))
+    data=dlsa_data,
+    one_network=False))

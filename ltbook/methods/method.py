@@ -143,6 +143,7 @@ class Method:
     stage1_settings: tuple[str, ...] = ()  # own settings that shape stage 1
     # name -> rows of it, each a dict of name, method, changes of the recipe and, if it needs one, profile
     sweeps: dict[str, Callable[[], list[dict]]] = field(default_factory=dict)
+    one_network: bool = True  # whether the last stage answers with a network that sees an image
     hidden: bool = False  # left out of lists, for examples in notebooks
 
     def stages_of(self, recipe: Recipe) -> dict[str, Callable[[Context], Stage | None]]:

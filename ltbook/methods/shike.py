@@ -10,15 +10,15 @@ __all__ = ['shike', 'shallow_path', 'DepthResNet32', 'mutual_loss', 'DepthSettin
 from itertools import permutations
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ..data.checks import UserError, one_of
+from ..data.checks import one_of
 from ..data.sampling import InstanceBalanced
-from .balpoe import product_loss
+from .balpoe import check_strengths, product_loss
 from .fast import fast_rows
 from .method import Context, Length, Method, NonNegative, Positive, Published, Settings, register
 from .recipe import LOSS_FIELDS
-from .stages import representation_stage
-from ..models.heads import HEADS
-from ..models.resnet_cifar import block_group, init_convolutions
+from .sade import expert_stage
+from ..models.expert_resnet import ExpertNetwork, expert_heads
+from ..models.resnet_cifar import block_group, init_convolutions, small_stem
 from ..train.schedule import SCHEDULES
 from ..train.stage import Stage
 
@@ -31,7 +31,7 @@ def shallow_path(
     if channels == 16: layers += [nn.Conv2d(32, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64)]
     return nn.Sequential(*layers)
 
-class DepthResNet32(nn.Module):
+class DepthResNet32(ExpertNetwork):
     "ResNet-32 with a third group, a look at an earlier one, and a head for every expert. Raises `UserError` for none."
     def __init__(
         self,
@@ -41,14 +41,11 @@ class DepthResNet32(nn.Module):
         n_experts: int = 3,  # K
     ):
         super().__init__()
-        if n_experts < 1: raise UserError(f'A network needs at least one expert, got n_experts = {n_experts}.')
-        self.n_features, make_head = 64, HEADS[one_of(head, HEADS, 'head')]
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.n_features, self.stem = 64, small_stem(in_channels)
         self.groups = nn.ModuleList((block_group(16, 16), block_group(16, 32, stride=2)))
         self.branches = nn.ModuleList(block_group(32, 64, stride=2) for _ in range(n_experts))
         self.looks = nn.ModuleList(shallow_path((16, 32)[k % 2]) for k in range(n_experts))
-        self.heads = nn.ModuleList(make_head(64, n_classes) for _ in range(n_experts))
+        self.heads = expert_heads(head, 64, n_classes, n_experts)
         init_convolutions(self)
 
     def features(self, x: Tensor) -> Tensor:
@@ -58,15 +55,6 @@ class DepthResNet32(nn.Module):
         parts = [g(second) * s((first, second)[k % 2]) for k, (g, s) in enumerate(zip(self.branches, self.looks))]
         return torch.stack([p.mean((2, 3)) for p in parts], 1)
 
-    def classify(
-        self,
-        features: Tensor,  # (B, K, 64)
-    ) -> dict[str, Tensor]:
-        "`experts` (B, K, C), and their mean `logits` (B, C)."
-        experts = torch.stack([head(f) for head, f in zip(self.heads, features.unbind(1))], 1)
-        return dict(logits=experts.mean(1), experts=experts)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]: return self.classify(self.features(x))
 
 # %% ../../nbs/methods/596_shike.ipynb #0650458c
 def mutual_loss(
@@ -100,10 +88,7 @@ def depth_network(
     "Experts of different depth. Raises `UserError` for a backbone or strengths that don't fit."
     r, s = context.recipe, context.settings
     one_of(r.backbone, ('resnet32',), 'backbone with experts of different depth')
-    for name, taus in (('taus', s.taus), ('stage2_taus', s.stage2_taus)):
-        if len(taus) != s.n_experts:
-            raise UserError(f'{s.n_experts} experts need as many strengths, got {name} = {list(taus)}: '
-                            f'use --set n_experts={len(taus)}.')
+    check_strengths(s.n_experts, taus=s.taus, stage2_taus=s.stage2_taus)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
         return DepthResNet32(context.n_classes, context.train.shape[2], r.head, s.n_experts)
@@ -116,10 +101,7 @@ def depth_stage1(
 ) -> Stage:  # over the whole network
     "All experts on the long tail as it is."
     s, counts = context.settings, _counts(context)
-    stage = representation_stage(
-        context, lambda out, batch: mutual_loss(out['experts'], batch, counts, s.taus, s.mutual))
-    stage.predict = lambda network, x: network(x)
-    return stage
+    return expert_stage(context, lambda out, batch: mutual_loss(out['experts'], batch, counts, s.taus, s.mutual))
 
 def depth_stage2(
     context: Context,  # with the network of stage 1; its heads are replaced by fresh ones
@@ -128,7 +110,7 @@ def depth_stage2(
     r, s, counts, net = context.recipe, context.settings, _counts(context), context.network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed + 1)
-        net.heads = nn.ModuleList(HEADS[r.head](net.n_features, context.n_classes) for _ in net.heads)
+        net.heads = expert_heads(r.head, net.n_features, context.n_classes, s.n_experts)
         net.heads.to(context.compute.device)
     def forward(network, batch):
         with torch.no_grad(): f = network.features(batch['x'])

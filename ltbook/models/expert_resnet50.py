@@ -8,12 +8,12 @@ __all__ = ['ExpertResNet']
 # %% ../../nbs/models/19_expert_resnet50.ipynb #e852b3ad
 import torch
 from torch import Tensor, nn
-from ..data.checks import UserError, one_of
-from .heads import HEADS
+from ..data.checks import one_of
+from .expert_resnet import ExpertNetwork, expert_heads
 from .resnet import RESNETS
 
 # %% ../../nbs/models/19_expert_resnet50.ipynb #a338ec13
-class ExpertResNet(nn.Module):
+class ExpertResNet(ExpertNetwork):
     "A residual network with stages three and four once for every expert. Raises `UserError` for less than one expert."
     def __init__(
         self,
@@ -26,13 +26,11 @@ class ExpertResNet(nn.Module):
     ):
         from torchvision.models import resnet      # here, as it takes a second
         super().__init__()
-        if n_experts < 1: raise UserError(f'A network needs at least one expert, got n_experts = {n_experts}.')
         block, depths, groups, width = RESNETS[one_of(kind, RESNETS, 'network')]
         block = getattr(resnet, block)
         whole = resnet.ResNet(block, [*depths[:2], 1, 1], groups=groups, width_per_group=width)
         if in_channels != 3: whole.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         middle, last = (192, 384) if reduced else (256, 512)
-        make_head = HEADS[one_of(head, HEADS, 'head')]
         self.trunk = nn.Sequential(whole.conv1, whole.bn1, whole.relu, whole.maxpool, whole.layer1, whole.layer2)
         def branch():
             whole.inplanes = 128*block.expansion
@@ -41,14 +39,10 @@ class ExpertResNet(nn.Module):
         self.n_features, self.branches = block.expansion*last, nn.ModuleList(branch() for _ in range(n_experts))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-        self.heads = nn.ModuleList(make_head(self.n_features, n_classes) for _ in range(n_experts))
+        self.heads = expert_heads(head, self.n_features, n_classes, n_experts)
 
     def features(self, x: Tensor) -> Tensor:
         "Pooled features (B, K, d), d = 1536 where reduced, of images (B, in_channels, H, W), 224 pixels in the papers."
         x = self.trunk(x)
         return torch.stack([branch(x).mean((2, 3)) for branch in self.branches], 1)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        "`experts` (B, K, C), and their mean `logits` (B, C)."
-        experts = torch.stack([head(f) for head, f in zip(self.heads, self.features(x).unbind(1))], 1)
-        return dict(logits=experts.mean(1), experts=experts)

@@ -7,30 +7,41 @@ __all__ = ['images_of', 'gallery', 'said']
 
 # %% ../../nbs/plots/702_gallery.ipynb #4bf02d7e
 from collections.abc import Sequence
+from functools import lru_cache
 from html import escape
+from pathlib import Path
 import numpy as np
 import torch
 from ..data.checks import UserError
 from ..data.html import Picture
-from ..data.images import is_here
+from ..data.images import data_root, is_here
 from ..data.stores import ImageSet
 from ..methods.method import recipe_data
+from ..methods.recipe import Recipe
 from ..runs.folder import Run
+from ..runs.keeping import check_data
 
 # %% ../../nbs/plots/702_gallery.ipynb #64703814
 def images_of(
     run: Run,  # finished, with its predictions
 ) -> ImageSet | str:  # the part it was measured on; or why it can't be shown, a sentence
     "The images behind a run's predictions."
-    if not (run.path/'predictions.h5').exists():
-        return f'{run.id} has no logits here, so nothing is known about single images.'
+    if not run.predicted: return f'{run.id} has no logits here, so nothing is known about single images.'
     if not is_here(run.recipe.dataset): return f'The data set {run.recipe.dataset} is not here.'
-    try: data = recipe_data(run.recipe).test
+    try:
+        data, fingerprint = _test_part(run.recipe, data_root())
+        check_data(run.id, run.data, dict(test=fingerprint))
     except UserError as e: return str(e)
     if not isinstance(data, ImageSet): return f'{run.recipe.dataset} has features, and no images.'
-    if not np.array_equal(data.labels.numpy(), run.predictions['labels']):
+    if not np.array_equal(data.labels.numpy(), run.predictions['labels']):      # of runs older than fingerprints
         return f'The test set of {run.recipe.dataset} is another one than {run.id} saw.'
     return data
+
+@lru_cache(maxsize=4)
+def _test_part(recipe: Recipe, root: Path) -> tuple[ImageSet, str]:
+    "The part and its fingerprint; kept, as a page asks for them whenever a slider moves."
+    test = recipe_data(recipe, root).test
+    return test, test.sha256()
 
 def gallery(
     images: Sequence[np.ndarray],  # each uint8 (H, W, C) with 1 or 3 channels

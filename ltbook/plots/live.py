@@ -7,19 +7,23 @@ __all__ = ['live']
 
 # %% ../../nbs/plots/701_live.ipynb #9eb9ef87
 from collections.abc import Callable
+from html import escape
 from io import BytesIO
 import matplotlib.pyplot as plt
+from ..data.checks import UserError
 
 # %% ../../nbs/plots/701_live.ipynb #635a0f37
 def live(
-    draw: Callable,  # values of the controls by name -> (figure or None, HTML below it)
+    # values of the controls by name -> (figure or None, HTML below it); a `UserError` it raises is shown instead
+    draw: Callable,
     **controls,  # widgets with a `value`
 ):  # a widget that shows what was drawn, now and whenever a value changes
     "A figure and a text under controls. The figure is closed once it is drawn."
     import ipywidgets
     picture, words = ipywidgets.Image(format='png', layout=dict(max_width='100%')), ipywidgets.HTML()
     def renew(*_):
-        figure, words.value = draw(**{k: c.value for k, c in controls.items()})
+        try: figure, words.value = draw(**{k: c.value for k, c in controls.items()})
+        except UserError as e: figure, words.value = None, escape(str(e))
         picture.layout.display = None if figure else 'none'
         if figure:
             png = BytesIO()

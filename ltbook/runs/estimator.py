@@ -13,11 +13,12 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from ..data.checks import UserError
-from ..data.images import ImageData
+from ..data.images import ImageData, channel_moments
 from ..data.stores import ImageSet
 from ..methods.method import context_of, get_method
 from ..methods.recipe import recipe
-from .classifier import Classifier
+from .classifier import check_one_network, classifier_in
+from .run import stage_logits
 from ..train.compute import Compute, find_device
 from ..train.loop import fit
 
@@ -36,19 +37,22 @@ class Pixels:
         image_shape: tuple[int, ...] | None = None,  # (H, W) or (H, W, C) of flat images
     ):
         self.image_shape, self.table = image_shape, x.ndim == 2 and image_shape is None
+        self.bytes, self.shape = x.dtype == np.uint8 and not self.table, x.shape[1:]
         if self.table:
             self.low = x.mean(0) - 3*x.std(0)
             self.range = np.where(x.std(0) > 0, 6*x.std(0), 1)
-        elif x.dtype != np.uint8: self.low, self.range = x.min(), (x.max() - x.min()) or 1
-        else: self.low, self.range = 0, 255
+        elif not self.bytes: self.low, self.range = x.min(), (x.max() - x.min()) or 1
 
     def __call__(
         self,
         x: np.ndarray,  # like the train images
     ) -> torch.Tensor:  # uint8 (n, H, W, C)
-        "Bytes of these images. Raises `UserError` for a shape that is no picture's."
-        if x.dtype != np.uint8 or self.table:
-            x = np.rint(255*np.clip((x - self.low)/self.range, 0, 1)).astype(np.uint8)
+        "Bytes of these images. Raises `UserError` for another kind or shape, and for a shape that is no picture's."
+        if x.shape[1:] != self.shape:
+            raise UserError(f'The train images have the shape {self.shape}, these {x.shape[1:]}: give the same shape.')
+        if self.bytes and x.dtype != np.uint8:
+            raise UserError(f'The train images are uint8, these {x.dtype}: give uint8, too, or train on {x.dtype}.')
+        if not self.bytes: x = np.rint(255*np.clip((x.astype(float) - self.low)/self.range, 0, 1)).astype(np.uint8)
         if self.table:
             side = square_side(x.shape[1])
             x = np.pad(x, ((0, 0), (0, side*side - x.shape[1]))).reshape(-1, side, side)
@@ -94,31 +98,30 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2: raise ValueError('A classifier needs two classes; y has one class only.')
+        check_one_network(self.method)
         self.pixels_ = Pixels(X, self.image_shape)
         train = self._set(self.pixels_(X), labels)
         side = min(train.shape[:2])
         pad = 0 if self.pixels_.table else max(1, side//8)
         data = ImageData('arrays', train, train.subset(range(min(2, len(train)))), pad, self.mirror, None, 'arrays')
-        r = recipe(
-            self.method, 'arrays', profile='short', seed=self.seed,
-            **dict(epochs=self.epochs, batch_size=self.batch_size) | (self.changes or {}))
-        context, method, stage = context_of(r, data, Compute(find_device(self.device))), get_method(self.method), None
-        for build in method.stages_of(r).values():
+        if odd := {'method', 'dataset'} & {*(self.changes or {})}:
+            raise UserError(f'changes may not have {" and ".join(sorted(odd))}: the method is a parameter of the '
+                            'classifier, and the data are the arrays.')
+        usual = dict(profile='short', seed=self.seed, epochs=self.epochs, batch_size=self.batch_size)
+        r = recipe(self.method, 'arrays', **usual | (self.changes or {}))
+        context = context_of(r, data, Compute(find_device(self.device)))
+        for name, build in get_method(self.method).stages_of(r).items():
             if (stage := build(context)) is None: continue
-            fit(stage, context.compute)
-            if stage.outputs or not stage.predict: context.logits[stage.name] = {}
-        if stage.outputs or not stage.predict:
-            raise UserError(f'{self.method} does not answer with one network that sees an image: use another method.')
-        self.network_ = Classifier(
-            stage.network.cpu(), train.classes, train.counts, train.shape, train.mean, train.std, r.side)
+            fit(last := stage, context.compute)
+            context.logits[name] = stage_logits(context, stage) or {}      # a later one may ask for them
+        self.network_ = classifier_in(context, last).cpu()
         return self
 
     def _set(self, pixels: torch.Tensor, labels: np.ndarray) -> ImageSet:
         "The train images with the mean and deviation of their own channels."
-        x = pixels.double().flatten(0, 2)/255
-        mean, std = x.mean(0).tolist(), x.std(0, correction=0).clamp_min(1e-3).tolist()
-        return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, self.classes_)),
-                        mean=tuple(mean), std=tuple(std))
+        mean, std = channel_moments(pixels)
+        return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, self.classes_)), mean=mean,
+                        std=std)
 
     def predict_proba(
         self,

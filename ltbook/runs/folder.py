@@ -102,6 +102,16 @@ class Run:
         return pd.DataFrame(read_rows(self.path/'history.csv'))
 
     @cached_property
+    def predicted(self) -> tuple[str, ...]:
+        "Names of what `predictions` would read; none where it is not here or can't be read."
+        names = []
+        try:
+            with h5py.File(self.path/'predictions.h5') as f:
+                f.visititems(lambda k, v: names.append(k) if isinstance(v, h5py.Dataset) else None)
+        except (OSError, RuntimeError): return ()
+        return tuple(names)
+
+    @cached_property
     def predictions(self) -> dict[str, np.ndarray]:
         ("Arrays of predictions.h5 by name: 'logits', 'labels', 'train_counts', 'stage1/logits', ... Raises "
          "`UserError` where they are not here.")

@@ -54,14 +54,12 @@ class Reporter:
     "Shows the progress of a run: live in a terminal, a line an epoch elsewhere, and in a file if one is named."
     def __init__(
         self,
-        console: Console | None = None,  # where to print; None makes one
+        console: Console | None = None,  # where to print, unless it is quiet; None makes one
         file: Path | None = None,  # also leave where the run is here, for another process to show
-        quiet: bool = False,  # say nothing
         verbose: bool = False,  # a line an epoch in a terminal, too
     ):
         self.console, self.file = console or Console(highlight=False, markup=False), file
-        self.quiet, self.verbose = quiet, verbose
-        shown = self.console.is_terminal and not quiet
+        self.verbose, shown = verbose, self.console.is_terminal and not self.console.quiet
         self.live = Live('starting', console=self.console, transient=True, auto_refresh=False) if shown else None
         self.moments, self.tests, self.note = {}, {}, ''      # by stage; what was said last
         self.began, self.last, self.seen = time.perf_counter(), 0.0, (None, None)
@@ -104,13 +102,13 @@ class Reporter:
 
     def say(self, text: str) -> None:
         "Tell a person something that stays: a line of its own, also where another process shows it."
-        if not self.quiet: self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
         self.show(text)
 
     def report(self, row: dict) -> None:
         "One line an epoch, where there is no table; a test accuracy goes into the table."
         if 'test_top1' in row: self.tests[row['stage']] = row['test_top1']
-        if self.quiet or self.live and not self.verbose: return
+        if self.console.quiet or self.live and not self.verbose: return
         test = f'  test top-1 {row["test_top1"]:.3f}' if 'test_top1' in row else ''
         line = (f'{row["stage"]}  epoch {row["epoch"] + 1:3d}  lr {row["lr"]:.4g}  loss '
                 f'{row["loss"]:.3f}  {row["images_per_second"]:,.0f} images/s{test}')

@@ -47,10 +47,10 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt
 lab: install
 	$(BIN)/jupyter lab nbs/explore/82_start.ipynb
 
-# the pages to play with, without their code, in a browser
+# the pages to play with, without their code, in a browser: those in the folder explore; all are served, for their links
 explore: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[lab]'
-	$(BIN)/voila nbs/explore
+	$(BIN)/voila nbs
 
 # the site in _docs, from the notebooks as they are; nothing is run, no network but for installing
 docs: install

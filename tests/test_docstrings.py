@@ -11,7 +11,7 @@ import ltbook
 
 PACKAGE = Path(ltbook.__file__).parent
 MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py'))
-PROTOCOL = {'forward', 'state_dict', 'load_state_dict'}      # of PyTorch: everybody knows what they do
+PROTOCOL = {'forward', 'state_dict', 'load_state_dict', 'zero_grad'}      # of PyTorch: everybody knows what they do
 ARRAY = re.compile(r'^[^\[]*\b(Tensor|ndarray)\b')      # not of arrays within something
 SHAPE = re.compile(r'\(|scalar|any shape')
 
@@ -56,6 +56,18 @@ def is_command(function):
     return function.name[-1] == '_' != function.name[0]
 
 
+def untold(module, f, whole, doc):
+    "Parameters without a word, arrays without a shape"
+    for a in arguments(f):
+        said, kind = module.about(a), '' if a.annotation is None else ast.unparse(a.annotation)
+        if 'typer.' in kind: continue      # its help says it
+        if not said and not is_command(f) and f'`{a.arg}`' not in doc: yield f'{whole}: {a.arg} is not explained'
+        if said and ARRAY.search(kind) and not SHAPE.search(said): yield f'{whole}: {a.arg} has no shape'
+    if f.returns is not None and f.name != '__init__' and ARRAY.search(ast.unparse(f.returns)):
+        said = ' '.join(module.comments.get(i, '') for i in range(f.returns.lineno, f.returns.end_lineno + 1))
+        if not (re.search(rf'{SHAPE.pattern}|\b(like|same)\b', said) or re.search(r'\(\w*,|\(\)|scalar', doc)): yield f'{whole}: what it returns has no shape'
+
+
 def lacks(module):
     "What is missing in a module, as sentences"
     for n in module.exported:
@@ -68,18 +80,14 @@ def lacks(module):
             if f is not n and f.name != '__init__':
                 known = f.name.startswith('_') or f.name in PROTOCOL or based      # the class it is made of says it
                 if not (own or known): yield f'{whole} has no docstring'
-                if not f.name.startswith('_') and errors(f) and 'UserError' not in own + doc:
-                    yield f'{whole} raises UserError and does not say so'
+                if not f.name.startswith('_'):
+                    if errors(f) and 'UserError' not in own + doc:
+                        yield f'{whole} raises UserError and does not say so'
+                    if not known: yield from untold(module, f, whole, own + doc)
                 continue
             if errors(f) and not is_command(f) and 'UserError' not in own + doc:
                 yield f'{whole} raises UserError and does not say so'
-            for a in arguments(f):
-                said, kind = module.about(a), '' if a.annotation is None else ast.unparse(a.annotation)
-                if 'typer.' in kind: continue      # its help says it
-                if not said and not is_command(f) and f'`{a.arg}`' not in own + doc:
-                    yield f'{whole}: {a.arg} is not explained'
-                if said and ARRAY.search(kind) and not SHAPE.search(said):
-                    yield f'{whole}: {a.arg} has no shape'
+            yield from untold(module, f, whole, own + doc)
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: p.relative_to(PACKAGE).with_suffix('').as_posix())

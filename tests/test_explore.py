@@ -48,7 +48,7 @@ def serve(log, outputs, *words):
 @pytest.fixture(scope='module')
 def served(outputs, tmp_path_factory):
     "Voilà on all pages"
-    p, address = serve(tmp_path_factory.mktemp('voila')/'log', outputs, 'voila', 'nbs/explore')
+    p, address = serve(tmp_path_factory.mktemp('voila')/'log', outputs, 'voila', 'nbs')
     yield address
     p.terminate()
     p.wait(20)
@@ -79,8 +79,7 @@ def pictures(page):
 
 def moved(page, slider=0):
     "The pictures before and after a slider is moved (None: after words are typed)"
-    page.wait_for_timeout(1500)
-    before = pictures(page)
+    before = still(page)
     if slider is None: page.locator('input[type=text]').first.fill('sade fast')
     else:
         page.locator('.noUi-handle').nth(slider).focus()
@@ -91,17 +90,34 @@ def moved(page, slider=0):
     return before, now
 
 
+def still(page):
+    "The pictures once none has come or changed for a second and a half, so that a late one is not taken for a move"
+    seen, since = pictures(page), time.monotonic()
+    while time.monotonic() < since + 1.5:
+        page.wait_for_timeout(100)
+        if (now := pictures(page)) != seen: seen, since = now, time.monotonic()
+    return seen
+
+
+def there(link, served):
+    "Whether it leads to a page that is served"
+    path = link.removeprefix(f'{served}/voila/render/').partition('#')[0]
+    return path != link and (ROOT/'nbs'/path).exists()
+
+
 @pytest.mark.parametrize('name, slider', [
     ('83_runs', None), ('84_calibration', 0), ('85_tail', 0), ('86_losses', 0), ('87_experts', 0)])
 def test_something_is_moved_and_the_figure_follows(served, chrome, name, slider):
     page, errors = chrome.new_page(viewport=dict(width=1280, height=2600)), []
     page.on('pageerror', lambda e: errors.append(str(e)))
     local_only(page)
-    page.goto(f'{served}/voila/render/{name}.ipynb', timeout=120_000, wait_until='commit')
+    page.goto(f'{served}/voila/render/explore/{name}.ipynb', timeout=120_000, wait_until='commit')
     page.locator('img[src^="blob:"]').first.wait_for(timeout=120_000)
     before, now = moved(page, slider)
     assert now and now != before and not errors, errors
     assert not re.search('Traceback|UserError', page.inner_text('body'))
+    links = [a for a in page.eval_on_selector_all('a[href]', 'all => all.map(a => a.href)') if '.ipynb' in a]
+    assert links and all(there(a, served) for a in links), links
     if name in ('84_calibration', '85_tail'):      # images of digits with what was said about them
         assert page.locator('figure img[src^="data:image/png"]').count()
         assert re.search(r'"\d", \d+%', ' '.join(page.locator('figcaption').all_inner_texts()))

@@ -1,4 +1,4 @@
-"What the site tells people to type: every command exists, and those for the authors' users run at a small size"
+"What the site and the help tell people to type: every command exists, those for the authors' users run at a small size"
 import re
 import shlex
 from pathlib import Path
@@ -25,6 +25,18 @@ def test_commands_exist(page, line):
     if '--import' in words: del words[words.index('--import'):words.index('--import') + 2]
     assert verb in command.commands, line
     command.commands[verb].make_context(verb, words)      # raises for what it doesn't know
+
+
+@pytest.mark.parametrize('verb', [None, *typer.main.get_command(app).commands])
+def test_help(verb):
+    "Fits 100 columns, and ends with examples that the command line understands"
+    words = [verb, '--help'] if verb else ['--help']
+    p = CliRunner().invoke(app, words, env=dict(COLUMNS='100', TERMINAL_WIDTH='100', FORCE_COLOR=''))
+    assert p.exit_code == 0 and max(map(len, p.output.splitlines())) <= 100, p.output
+    examples = [line.strip() for line in p.output.partition('Examples:')[2].splitlines() if line.strip()]
+    assert examples and all(e.startswith(f'ltbook {verb or ""}') for e in examples), p.output
+    if verb:
+        for line in examples: test_commands_exist('help', line)
 
 
 @pytest.fixture(scope='module')

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Out, app, console, print_table
+from .words import Out, console, print_table, verb
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/794_compare.ipynb #92467fcc
-@app.command('compare', rich_help_panel='Results')
+@verb('compare', 'Results', '', '--leaderboard --dataset cifar100 --profile fast')
 def compare_(
     method: Annotated[Optional[list[str]], typer.Option(help='Only these; may be repeated.')] = None,
     dataset: Annotated[Optional[str], typer.Option(help='Only this data set.')] = None,
@@ -52,7 +52,7 @@ def compare_(
     print_table(title, tuple(s.columns), s.values.tolist(), spare)
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
 
-@app.command('rm', rich_help_panel='Results')
+@verb('rm', 'Results', 'digits/mislas/0-3687966c')
 def rm_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask.')] = False,
@@ -70,7 +70,7 @@ def rm_(
     console.print(f'removed {folder}', soft_wrap=True)
 
 # %% ../../nbs/cli/794_compare.ipynb #440ce179
-@app.command('report', rich_help_panel='Results')
+@verb('report', 'Results', '', "'cifar100/*' --to results.html")
 def report_(
     runs: Annotated[Optional[list[str]], typer.Argument(help='Runs; without any, all finished ones.')] = None,
     to: Annotated[Optional[Path], typer.Option(help='The file; default: report.html in the folder of --out.')] = None,

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Device, Out, Root, app, console
+from .words import Device, Out, Root, console, verb
 from ..data.checks import UserError, one_of
 from ..data.lists import LARGE
 
 # %% ../../nbs/cli/792_data.ipynb #75a31943
-@app.command('shift', rich_help_panel='Results')
+@verb('shift', 'Results', 'digits/sade/0-2ca1c0cf')
 def shift_(
     run: Annotated[str, typer.Argument(help='A finished run of any method.')],
     ratios: Annotated[str, typer.Option(help='Of forward and backward test sets, separated by commas.')] = '',
@@ -53,7 +53,7 @@ def _at(root: Path | None) -> str:
     "The option that names a folder of data, where it was given."
     return f' --data-root {shlex.quote(str(root))}' if root else ''
 
-@app.command('features', rich_help_panel='Networks')
+@verb('features', 'Networks', 'cifar100/mislas/0-cffb80b1')
 def features_(
     run: Annotated[str, typer.Argument(help='A finished run, with its weights.')],
     stage: Annotated[Optional[str], typer.Option(help='After which stage; default: the first.')] = None,
@@ -74,7 +74,7 @@ def features_(
         soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #09b17ac8
-@app.command('doctor', rich_help_panel='Data')
+@verb('doctor', 'Data', 'birds', 'imagenet_lt --images archive.tar --lists lists')
 def doctor_(
     what: Annotated[
         str, typer.Argument(help='data, features, the name of a data set, or of one with lists: imagenet_lt, …')],
@@ -107,7 +107,7 @@ def _doctor_large(name: str, images: Path | None, lists: Path | None, deep: bool
     for text in lines: console.print(text, soft_wrap=True)
     if not good: raise typer.Exit(1)
 
-@app.command('pack', rich_help_panel='Data')
+@verb('pack', 'Data', 'imagenet_lt --images archive.tar --lists lists --size 256')
 def pack_(
     name: Annotated[str, typer.Argument(help='imagenet_lt, places_lt, inaturalist2018, or a name of your own.')],
     images: Annotated[Path, typer.Option(help='Folder that the lists are relative to.')],
@@ -139,7 +139,7 @@ def pack_(
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #26a7563d
-@app.command('import', rich_help_panel='Data')
+@verb('import', 'Data', 'photos birds --size 64', 'labels.csv birds')
 def import_(
     folder: Annotated[
         Path, typer.Argument(help='A folder of class folders, or one with train/ and test/ or val/; or a CSV of '
@@ -177,7 +177,7 @@ def import_(
         console.print(text, soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #13385b9d
-@app.command('bench', rich_help_panel='Train')
+@verb('bench', 'Train', '', '--seconds 1')
 def bench_(
     seconds: Annotated[
         float, typer.Option(help='For every measurement; the whole takes about 60 times as long.')] = 8.0,

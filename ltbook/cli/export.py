@@ -9,11 +9,11 @@ __all__ = ['predict_', 'export_']
 from pathlib import Path
 from typing import Annotated
 import typer
-from .words import Device, Out, Root, app, console
+from .words import Device, Out, Root, console, verb
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/797_export.ipynb #c27a5715
-@app.command('predict', rich_help_panel='Networks')
+@verb('predict', 'Networks', 'birds/mislas/0-12345678 new_pictures')
 def predict_(
     model: Annotated[str, typer.Argument(help='A run, or a folder that export wrote.')],
     folder: Annotated[Path, typer.Argument(help='With pictures, at any depth; or one picture.')],
@@ -42,7 +42,7 @@ def predict_(
     console.print(f'{len(rows) - bad} pictures: {common}' + (f'; {bad} cannot be read' if bad else ''), soft_wrap=True)
     console.print(f'table     {to}', soft_wrap=True)
 
-@app.command('export', rich_help_panel='Networks')
+@verb('export', 'Networks', 'birds/mislas/0-12345678 birds_network')
 def export_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
     folder: Annotated[Path, typer.Argument(help='To make.')],

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 import typer
-from .words import app, console
+from .words import console, verb
 from ..data.checks import UserError, check_name, one_of
 
 # %% ../../nbs/cli/798_new.ipynb #2fe12ba5
@@ -158,7 +158,7 @@ def skeleton(
     kernel = dict(display_name='python3', language='python', name='python3')
     return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
-@app.command('new', rich_help_panel='Train')
+@verb('new', 'Train', 'method mine', 'dataset birds')
 def new_(
     kind: Annotated[str, typer.Argument(help='method or dataset.')],
     name: Annotated[str, typer.Argument(help='Letters, digits and _.')]):

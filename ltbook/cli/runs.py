@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Device, Out, Root, app, console, hush, parse_changes, print_table
+from .words import Device, Out, Root, console, hush, parse_changes, print_table, verb
 from .show import show_run
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/791_runs.ipynb #5f313fb6
-@app.command('list', rich_help_panel='Data')
+@verb('list', 'Data', '', 'digits', 'mislas')
 def list_(
     what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all',
     data_root: Root = None):
@@ -47,7 +47,11 @@ def list_(
                 for p in m.recipes])
 
 # %% ../../nbs/cli/791_runs.ipynb #9691124c
-@app.command('run', rich_help_panel='Train')
+@verb(
+    'run', 'Train', 'mislas digits',
+    'mislas cifar100 --profile fast --seeds 0..2',
+    'crt cifar100 --from cifar100/mixup/0-d465661b',
+    'balanced_softmax birds --set mixup_alpha=1 --set lr=0.05')
 def run_(
     method: Annotated[str, typer.Argument(help='A name from `ltbook list methods`.')],
     dataset: Annotated[
@@ -167,7 +171,7 @@ def run_(
     else: show_run(load_run(folder))
 
 # %% ../../nbs/cli/791_runs.ipynb #2ec109e3
-@app.command('verify', rich_help_panel='Results')
+@verb('verify', 'Results', '', 'digits/mislas/0-3687966c')
 def verify_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are checked.')] = None,
     out: Out = Path('outputs')):
@@ -188,7 +192,7 @@ def verify_(
     if older: console.print(f'{older} are older than hashes: nothing says what was written.')
 
 # %% ../../nbs/cli/791_runs.ipynb #5f50bf75
-@app.command('eval', rich_help_panel='Results')
+@verb('eval', 'Results', 'digits/mislas/0-3687966c', 'digits/mislas/0-3687966c --shot-rule thirds')
 def eval_(
     run: Annotated[str, typer.Argument(help='A finished run.')],
     shot_rule: Annotated[

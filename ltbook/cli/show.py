@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Out, app, console, print_table
+from .words import Out, console, print_table, verb
 from ..data.checks import UserError
 
 # %% ../../nbs/cli/795_show.ipynb #47c41124
@@ -70,7 +70,7 @@ def show_two(
     print_table('result, percent', ('stage', 'measure', one.id, two.id, 'difference'), rows)
 
 # %% ../../nbs/cli/795_show.ipynb #bd1b59c9
-@app.command('show', rich_help_panel='Results')
+@verb('show', 'Results', '', 'digits/mislas/0-3687966c', 'digits/mislas/0-3687966c digits/sade/0-2ca1c0cf')
 def show_(
     run: Annotated[Optional[list[str]], typer.Argument(help='A run, or two to see in what they differ; without one, '
                                                             'all finished runs are listed.')] = None,

@@ -9,7 +9,7 @@ __all__ = ['run_cells', 'seed_cells', 'sweep_']
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Device, Out, Root, app, console, parse_changes, print_table
+from .words import Device, Out, Root, console, parse_changes, print_table, verb
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/796_sweep.ipynb #a6d1f06b
@@ -66,7 +66,7 @@ def seed_cells(
     return seeded(recipe_of(words | dict(seed=seeds[0]), extra), seeds, changes, words['out'])
 
 # %% ../../nbs/cli/796_sweep.ipynb #67e293bc
-@app.command('sweep', rich_help_panel='Train')
+@verb('sweep', 'Train', '--method mislas,sade --dataset digits --seeds 0..2', 'reweighting fast --dry-run')
 def sweep_(
     what: Annotated[
         Optional[str], typer.Argument(help='A grid file (.yaml, .toml), or a method that brings sweeps along.')] = None,

@@ -211,7 +211,7 @@ class AutoAugment:
             (blend, acts(weights), (weights,)))
 
     def table(self, side: int) -> list:
-        "What may happen: 25 x 2 x 2 moves, see `signed_moves`."
+        "What may happen to images of `side` pixels: 25 x 2 x 2 moves, see `signed_moves`."
         return signed_moves(side)
 
     def draw(

@@ -45,7 +45,7 @@ class FeatureSet:
         i = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device=self.labels.device)
         return replace(self, features=self.features[i], labels=self.labels[i])
     def to(self, device) -> 'FeatureSet':
-        "The same on another device."
+        "The same on another `device`."
         head = self.head and tuple(t.to(device) for t in self.head)
         return replace(self, features=self.features.to(device), labels=self.labels.to(device), head=head)
     @cached_property

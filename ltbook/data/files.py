@@ -61,11 +61,11 @@ class FileStore:
         return self.like(self.files[torch.as_tensor(index).cpu().numpy()])
 
     def like(self, files, device=None) -> 'FileStore':
-        "Other files, read in the same way."
+        "Other `files`, read in the same way, with their rows on a `device`."
         return FileStore(files, self.reading, self.scale, device or self.device, self.workers)
 
     def to(self, device: str | torch.device) -> 'FileStore':
-        "The same, with its rows on another device."
+        "The same, with its rows on another `device`."
         return self.like(self.files, device)
 
 # %% ../../nbs/data/022_files.ipynb #41546a3d

@@ -14,16 +14,18 @@ import numpy as np
 
 # %% ../../nbs/data/002_html.ipynb #db95b77b
 def html_table(
-    title: str,  # above it, in bold
+    title: str,  # above it, in bold; empty for none
     head: Sequence[str],  # names of the columns; empty for none
     rows: Iterable[Sequence],  # a value a column; a `Picture` is shown, everything else is text
     below: str = '',  # a line of text after it
 ) -> str:  # HTML
     "A small table."
-    def cell(v, kind='td'): return f'<{kind}>{v.html() if isinstance(v, Picture) else escape(str(v))}</{kind}>'
+    def cell(v, kind='td'):
+        return f'<{kind} style="padding: 2px 8px">{v.html() if isinstance(v, Picture) else escape(str(v))}</{kind}>'
+    def text(words, tag): return f'<p><{tag}>{escape(words)}</{tag}></p>' if words else ''
     top = '<tr>' + ''.join(cell(h, 'th') for h in head) + '</tr>' if head else ''
     body = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)
-    return f'<p><b>{escape(title)}</b></p><table>{top}{body}</table>' + (f'<p>{escape(below)}</p>' if below else '')
+    return f'{text(title, "b")}<table>{top}{body}</table>{text(below, "span")}'
 
 class Picture:
     "PNG bytes, or a small image, as a part of a page."

@@ -38,7 +38,7 @@ class ImageData:
         "Of each channel, in [0, 1]; empty for features."
         return getattr(self.train, 'std', ())
     def to(self, device) -> 'ImageData':
-        "The same with both parts on a device."
+        "The same with both parts on a `device`."
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 # %% ../../nbs/data/03_images.ipynb #a449f329

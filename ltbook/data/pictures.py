@@ -190,7 +190,7 @@ class Seen:
     broken: list = field(default_factory=list)  # sentences about pictures that were left out
 
     def sentences(self, fit: str | None) -> list[str]:
-        "In words, for the user."
+        "In words, for the user; `fit` is the way in which they became squares."
         told = [f'{n} pictures {kind}.' for kind, n in sorted(self.kinds.items())]
         if fit in (None, 'crop') and max(self.cuts, default=0) > .005:
             told.append(

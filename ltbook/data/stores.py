@@ -77,7 +77,7 @@ class ImageSet:
         "All images, uint8 (N, H, W, C); a copy where the set is a part of its store."
         return self.store if self.at is None else self.store[self.at]
     def gather(self, index: Tensor) -> Tensor:
-        "The images at positions int64 (B,) on the set's device: uint8 (B, H, W, C)."
+        "The images at positions `index`, int64 (B,) on the set's device: uint8 (B, H, W, C)."
         return self.store.index_select(0, index if self.at is None else self.at[index])
     def subset(self, indices) -> 'ImageSet':
         "The images at `indices` (array or tensor of positions), in that order. No image is copied."
@@ -85,12 +85,12 @@ class ImageSet:
         part = replace(self, at=i if self.at is None else self.at[i], labels=self.labels[i])
         return part.knowing(self.rows[i.cpu().numpy()]) if 'rows' in vars(self) else part
     def to(self, device) -> 'ImageSet':
-        "The same on another device, which gets the images of this set and not the whole store."
+        "The same on another `device`, which gets the images of this set and not the whole store."
         if torch.device(device) == self.store.device: return self
         moved = replace(self, store=self.images.to(device), at=None, labels=self.labels.to(device))
         return moved.knowing(self.rows) if 'rows' in vars(self) else moved
     def knowing(self, rows: np.ndarray) -> 'ImageSet':
-        "The same set, with the hashes of its images put in, so that they need not be made."
+        "The same set, with the hashes of its images, `rows` (n,), put in, so that they need not be made."
         vars(self)['rows'] = rows
         return self
     @cached_property

@@ -48,15 +48,22 @@ def from_dataset(
     images, labels = [], []
     for i in range(len(dataset)):
         try: x, y = dataset[i][:2]
-        except (TypeError, ValueError): raise UserError(f'Item {i} is not a pair of image and label.') from None
-        try:
-            images.append(image_bytes(x, side))
-            labels.append(y := int(y))
+        except (TypeError, ValueError, KeyError, IndexError):
+            raise UserError(f'Item {i} is not a pair of image and label.') from None
+        try: images.append(image_bytes(x, side))
         except UserError as e: raise UserError(f'Item {i}: {e}') from None
-        except (TypeError, ValueError): raise UserError(f'Item {i} has the label {y!r}, no whole number.') from None
-        if images[-1].shape != images[0].shape:
-            raise UserError(f'Item {i} has {"x".join(map(str, images[-1].shape))} values, the first '
-                            f'{"x".join(map(str, images[0].shape))}: give them one size with side=64, say.')
+        try:
+            labels.append(int(y))
+            if labels[-1] != y or labels[-1] < 0: raise ValueError
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f'Item {i} has the label {y!r}: labels are whole numbers from 0 on.') from None
+        (high, wide, channels), first = images[-1].shape, images[0].shape
+        if channels != first[2]:
+            raise UserError(f'Item {i} has {channels} channels, the first {first[2]}: convert all images to one kind, '
+                            "by image.convert('RGB') in a transform, say.")
+        if (high, wide) != first[:2]:
+            raise UserError(f'Item {i} has {high} x {wide} pixels, the first {first[0]} x {first[1]}: '
+                            'give them one size with side=64, say.')
     if not images: raise UserError('The set is empty.')
     names = _class_names(dataset) or tuple(map(str, range(max(labels) + 1)))
     return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels), names)

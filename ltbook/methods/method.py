@@ -63,11 +63,11 @@ class Context:
         return self.train.n_classes
 
     def plain(self, part: str) -> PlainView:
-        "View of a part without augmentation."
+        "View of a `part`, by name, without augmentation."
         return PlainView(self.parts[part], self.recipe.side)
 
     def view(self, part: str | ImageSet = 'train', **changes) -> TrainView:
-        ("View of a part, or of a set made of one, with the augmentation of the recipe and `changes` of it. "
+        ("View of a `part`, or of a set made of one, with the augmentation of the recipe and `changes` of it. "
          "Raises `UserError` as `TrainView`.")
         data = self.parts[part] if isinstance(part, str) else part
         r, i = self.recipe, self.info
@@ -147,7 +147,7 @@ class Method:
     hidden: bool = False  # left out of lists, for examples in notebooks
 
     def stages_of(self, recipe: Recipe) -> dict[str, Callable[[Context], Stage | None]]:
-        "Names and builders of the stages of a run, in order."
+        "Names and builders of the stages of a run of a `recipe`, in order."
         return self.stages(recipe) if callable(self.stages) else self.stages
 
 # %% ../../nbs/methods/50_method.ipynb #19a9dde8

@@ -98,7 +98,7 @@ class ClassWeigher:
         return self.rule(self.accuracies, self.epoch).to(self.accuracies)
 
     def measured(self, epoch: int, accuracies: Tensor) -> None:
-        "Go on with these accuracies (C,) in an epoch, from 0."
+        "Go on with these `accuracies` (C,) in an `epoch`, from 0."
         self.epoch = epoch
         self.accuracies.copy_(accuracies)
         self.current.copy_(self.weights())
@@ -108,13 +108,13 @@ class ClassWeigher:
         return {}
 
     def before_step(self, batch: dict, lr: float | Tensor) -> dict:
-        ("The batch with `weight` (B,), those of its labels `y`, and where it is mixed "
-         "`weight_mix` (B,), those of `y_mix`.")
+        ("The `batch` with `weight` (B,), those of its labels `y`, and where it is mixed "
+         "`weight_mix` (B,), those of `y_mix`; whatever the rate `lr` is.")
         more = dict(weight_mix=self.current[batch['y_mix']]) if 'y_mix' in batch else {}
         return batch | dict(weight=self.current[batch['y']]) | more
 
     def after_epoch(self, epoch: int) -> dict:
-        "Measure, and log what was used and what was found."
+        "Measure after an `epoch`, from 0; log what was used and what was found."
         log = dict(weights=self.weights())
         self.measured(epoch + 1, class_accuracies(self.context))
         return log | dict(accuracies=self.accuracies.clone(), val_top1=self.accuracies.mean())

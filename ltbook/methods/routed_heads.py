@@ -110,7 +110,8 @@ class RoutedRows:
     def __len__(self) -> int: return len(self.labels)
 
     def extra(self, index, level: int, depth: int) -> Tensor | None:
-        "Second input of rows: z, and the prior unless they are of the rest."
+        ("Second input (n, d) of the rows `index`, to a head of this `level` and `depth`: z, and the prior unless "
+         "they are of the rest.")
         if self.z is None: return None
         return (
             self.z[index] if level == depth or self.prior is None
@@ -167,7 +168,7 @@ class LevelSampler:
         return min(max(self.t - 1, 0)//self.epochs, len(self.levels) - 1)
     def __len__(self) -> int: return len(self.positions[self.turn])
     def epoch(self) -> np.ndarray:
-        "Positions of the next epoch."
+        "Positions (n,) of the next epoch."
         self.t += 1
         return self.positions[self.turn][self.streams[self.turn].epoch()]
     def state_dict(self) -> dict: return dict(t=self.t, streams=[s.state_dict() for s in self.streams])
@@ -180,12 +181,12 @@ class BestState:
     "The weights with the strictly best score so far; resumable."
     def __init__(self): self.score, self.weights = -math.inf, {}
     def offer(self, score: float, network: nn.Module):
-        "Remember the network's weights if the score is better than any before."
+        "Remember the weights of the `network` if the `score` is better than any before."
         if score > self.score:
             self.score, self.weights = (
                 score, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()})
     def bring_back(self, network: nn.Module):
-        "Put the remembered weights into the network, if there are any, and forget them."
+        "Put the remembered weights into the `network`, if there are any, and forget them."
         if self.weights: network.load_state_dict(self.weights)
         self.__init__()
     def state_dict(self) -> dict: return dict(score=self.score, weights=self.weights)

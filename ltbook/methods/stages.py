@@ -35,7 +35,7 @@ class Lot:
         return dict(lot=(torch.rand((), generator=self.generator) < self.probability).float())
 
     def take(self, batch: dict) -> dict:
-        "For a stage's `before_step`: go by what was drawn for this batch."
+        "For a stage's `before_step`: go by what was drawn for this `batch`."
         self.yes.copy_(batch['lot'])
         return batch
 

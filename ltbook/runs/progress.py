@@ -73,7 +73,7 @@ class Reporter:
         if self.file: self.file.unlink(missing_ok=True)
 
     def on_step(self, stage: Stage, epoch: int, images: int, loss: float) -> None:
-        "Renew the table."
+        "Renew the table: `images` of this `epoch` of a `stage` are done, with this mean `loss` so far."
         now = time.perf_counter()
         if self.seen != (stage.name, epoch): self.seen, self.began, self.start = (stage.name, epoch), now, images
         if now - self.last < 1 or images == self.start: return
@@ -101,12 +101,12 @@ class Reporter:
         return table
 
     def say(self, text: str) -> None:
-        "Tell a person something that stays: a line of its own, also where another process shows it."
+        "Tell a person a `text` that stays: a line of its own, also where another process shows it."
         self.console.print(text, soft_wrap=True)
         self.show(text)
 
     def report(self, row: dict) -> None:
-        "One line an epoch, where there is no table; a test accuracy goes into the table."
+        "One line for the `row` of an epoch, where there is no table; a test accuracy goes into the table."
         if 'test_top1' in row: self.tests[row['stage']] = row['test_top1']
         if self.console.quiet or self.live and not self.verbose: return
         test = f'  test top-1 {row["test_top1"]:.3f}' if 'test_top1' in row else ''

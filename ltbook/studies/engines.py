@@ -68,7 +68,7 @@ class Local:
         for i in range(slots): self.places.put({'CUDA_VISIBLE_DEVICES': str(i % cards)} if cards else {})
 
     def submit(self, words: list[str], log: Path) -> Future:
-        "Start a cell as soon as a place is free."
+        "Start a cell, `words` after `ltbook`, as soon as a place is free; what it prints goes to `log`."
         return self.pool.submit(self._run, [sys.executable, '-m', 'ltbook', *words], log)
 
     def _run(self, command: list[str], log: Path) -> int:

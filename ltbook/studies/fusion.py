@@ -55,7 +55,7 @@ class Logits:
         return len(self.class_mask)
     @property
     def classes(self) -> np.ndarray | None:
-        "Class ids of an expert; None for a member that knows all classes."
+        "Class ids (k,) of an expert; None for a member that knows all classes."
         return None if self.class_mask.all() else np.flatnonzero(self.class_mask)
 
 # %% ../../nbs/studies/68_fusion.ipynb #381a7230

@@ -83,7 +83,10 @@ class Cells(list):
     most = 100  # rows that are shown
 
     def _repr_html_(self) -> str:
-        def state(c): return f'{100*load_run(c.folder).metrics["final"]["top1"]:.1f} %' if c.finished else ''
+        def state(c):
+            if not c.finished: return ''
+            try: return f'{100*load_run(c.folder).metrics["final"]["top1"]:.1f} %'
+            except UserError: return 'damaged'
         def own(c): return c.name or ', '.join(f'{k}={v}' for k, v in c.changes.items())
         rows = [(i, own(c), c.id, state(c)) for i, c in enumerate(self[:self.most], 1)]
         left = f'and {len(self) - self.most} more' if len(self) > self.most else ''

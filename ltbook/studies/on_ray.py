@@ -105,7 +105,7 @@ class Ray:
         return max(1, int(min(has.get(k, 0)//n for k, n in (('CPU', self.cpus), ('GPU', self.gpus)) if n)))
 
     def submit(self, words: list[str], log: Path) -> Future:
-        "Hand a cell to the cluster."
+        "Hand a cell, `words` after `ltbook`, to the cluster; what it prints goes to `log`."
         words, folder = list(words), log.parent.absolute()
         words[words.index('--out') + 1] = str(self.out)
         name = folder.relative_to(self.out).as_posix()

@@ -68,7 +68,8 @@ class Slurm:
         return e._make_submission_file_text(e._submitit_command_str, 'cell')
 
     def submit(self, words: list[str], log: Path) -> Future:
-        "Queue a cell. Raises `UserError` where there is no SLURM."
+        ("Queue a cell, `words` after `ltbook`; what it prints goes to `log`. Raises `UserError` where there is "
+         "no SLURM.")
         import submitit
         if self.executor is None:
             try: self.executor = submitit.AutoExecutor(self.folder, cluster=self.cluster)

@@ -128,11 +128,11 @@ class Watcher:
         if self.live: self.live.stop()
 
     def say(self, text: str) -> None:
-        "A line that stays."
+        "A `text` that stays."
         self.console.print(text, soft_wrap=True)
 
     def look(self, cells: list[Cell]) -> None:
-        "Show where each of them is."
+        "Show where each of the `cells` is."
         if not self.live or time.monotonic() - self.last < 1: return
         self.last = time.monotonic()
         self.live.update(live_table(cells), refresh=True)

@@ -23,19 +23,19 @@ class FunctionView:
     ): self.function = function
 
     def plan(self, index: np.ndarray, rng: np.random.Generator | None = None) -> dict:
-        "The batch, as there is nothing to load later."
+        "The batch of positions `index` (B,), drawn by `rng`, as there is nothing to load later."
         return self.function(index, rng)
 
     def part(self, plan: dict, rows: np.ndarray, n: int) -> dict:
-        "Some rows of it."
+        "Some `rows` of a `plan` for `n`."
         return part_of(plan, rows, n)
 
     def load(self, plan: dict) -> dict:
-        "What was planned."
+        "The `plan` itself."
         return plan
 
     def apply(self, loaded: dict) -> dict:
-        "What was planned."
+        "What was `loaded` is the batch."
         return loaded
 
 def as_view(

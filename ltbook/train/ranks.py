@@ -46,7 +46,7 @@ def parts(
 def part(
     n: int,  # as for `parts`
 ) -> np.ndarray:  # int, positions, in order
-    "Those of `parts` that are this rank's."
+    "Those (k,) of `parts` of `n` that are this rank's."
     return parts(n)[here().rank]
 
 def weigh(
@@ -75,13 +75,13 @@ class Sharing:
         return max(self.processes, here().count)
 
     def about(self, batch_size: int) -> dict:
-        "What env.json says about it, for a recipe with this batch size."
+        "What env.json says about it, for a recipe with this `batch_size`."
         pieces = self.count*self.accumulate
         return asdict(self) | dict(processes=self.count, images_at_once=-(-batch_size//pieces),
                                    rule='batch size and learning rate are those of the recipe, for the whole batch')
 
     def sentence(self, batch_size: int) -> str:
-        "The same for a person; nothing for a run in one piece."
+        "The same for a person, at this `batch_size`; nothing for a run in one piece."
         if self.count*self.accumulate == 1: return ''
         norm = 'over all of them' if self.batchnorm == 'synced' else 'by each of them'
         return (f'{self.count} processes, {-(-batch_size//(self.count*self.accumulate))} of {batch_size} images at '

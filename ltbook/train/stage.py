@@ -24,7 +24,7 @@ from .ranks import here
 def plain_forward(
     network: nn.Module,  # any network
     batch: dict,  # with `x`
-) -> Tensor:  # what the network returns
+) -> Tensor:  # (B, ...), or a dict: what the network returns
     "The usual forward pass: the network applied to `x`."
     return network(batch['x'])
 
@@ -109,8 +109,8 @@ class Stage:
             groups, lr=0.0, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay)
 
     def update(self, batch: dict, optimizer, compute: Compute) -> Tensor:
-        ("Forward pass, loss, backward pass and a step of the optimizer (anything with "
-         "`zero_grad` and `step`) on a complete batch; returns the loss ().")
+        ("Forward pass, loss, backward pass and a step of the `optimizer` (anything with `zero_grad` and `step`) "
+         "on a complete `batch`, as `compute` has it; returns the loss ().")
         loss = self._backward(batch, optimizer, compute)
         if self.sam_rho:
             with climbed(self.network, self.sam_rho): self._backward(batch, optimizer, compute)
@@ -183,7 +183,7 @@ class Average:
 
     @torch.no_grad()
     def after_epoch(self, epoch: int) -> None:
-        "Follow an epoch, from 0; for swa."
+        "Follow an `epoch`, from 0; for swa."
         if self.kind != 'swa' or epoch < self.first: return
         self.count += 1
         self._take(1/self.count)
@@ -224,7 +224,7 @@ class KeepBest:
         self.best, self.epoch, self.weights = -math.inf, 0, {}
 
     def look(self, epoch: int) -> dict:
-        "For `after_epoch`: score the epoch, keep its weights if it is the best, log it."
+        "For `after_epoch`: score the `epoch`, keep its weights if it is the best, log it."
         now = float(self.score())
         if now > self.best:
             self.best, self.epoch = now, epoch + 1
@@ -232,7 +232,7 @@ class KeepBest:
         return dict(val_score=now)
 
     def stop(self, done: int) -> bool:
-        "For `stop`: whether more than `patience` epochs went by since the best."
+        "For `stop`: whether, with `done` epochs, more than `patience` went by since the best."
         return self.patience is not None and self.epoch > 0 and done > self.epoch + self.patience
 
     def put_back(self) -> None:

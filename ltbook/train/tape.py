@@ -57,13 +57,13 @@ class TapeCuda:
         return SimpleNamespace(wait_stream=lambda other: None)
     current_stream = Stream
     def stream(self, s) -> AbstractContextManager:
-        "A context that changes nothing."
+        "A context that changes nothing, for any stream `s`."
         return nullcontext()
     def synchronize(self) -> None:
         "Nothing to wait for."
         pass
     def set_device(self, device) -> int:
-        "Its number; `ValueError` for a device without one."
+        "The number of a `device`; `ValueError` for one without."
         return _get_device_index(device)      # refuses one without a number
 
     def graph_pool_handle(self) -> int:
@@ -77,7 +77,8 @@ class TapeCuda:
         return _Graph(self.graphs[-1])
 
     def graph(self, g: _Graph, pool: int | None = None, stream=None) -> AbstractContextManager:
-        "A context to record in. Raises `RuntimeError` for a pool whose graphs are all gone: its memory went with them."
+        ("A context to record `g` in; its memory is that of `pool`, and `stream` is of no importance. Raises "
+         "`RuntimeError` for a pool whose graphs are all gone: its memory went with them.")
         if pool is not None:
             if self.pools[pool] is None: self.pools[pool] = WeakSet()
             elif not self.pools[pool]: raise RuntimeError(f'pool {pool} is gone')

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -129,8 +130,9 @@ def entry(name, thing, kind):
     if back is not None and getattr(back, 'docment', None): lines += [f'Returns {back.docment}', '']
     if kind == 'class':
         for k, m in vars(thing).items():
-            if k.startswith('_') or not callable(m) or not getattr(m, '__doc__', None): continue
-            lines += [f'- `{k}()`: {inspect.cleandoc(m.__doc__).splitlines()[0]}']
+            known, call = isinstance(m, (property, cached_property)), '()' if callable(m) else ''
+            if k.startswith('_') or not (known or call) or not getattr(m, '__doc__', None): continue
+            lines += [f'- `{k}{call}`: {" ".join(inspect.cleandoc(m.__doc__).split())}']
         lines += ['']
     return '\n'.join([*lines, '````', ''])
 

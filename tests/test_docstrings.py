@@ -65,7 +65,8 @@ def untold(module, f, whole, doc):
         if said and ARRAY.search(kind) and not SHAPE.search(said): yield f'{whole}: {a.arg} has no shape'
     if f.returns is not None and f.name != '__init__' and ARRAY.search(ast.unparse(f.returns)):
         said = ' '.join(module.comments.get(i, '') for i in range(f.returns.lineno, f.returns.end_lineno + 1))
-        if not (re.search(rf'{SHAPE.pattern}|\b(like|same)\b', said) or re.search(r'\(\w*,|\(\)|scalar', doc)): yield f'{whole}: what it returns has no shape'
+        told = re.search(rf'{SHAPE.pattern}|\b(like|same)\b', said) or re.search(r'\(\w*,|\(\)|scalar', doc)
+        if not told: yield f'{whole}: what it returns has no shape'
 
 
 def lacks(module):
@@ -102,12 +103,13 @@ def test_how_many_there_are():
 BAD = '''
 __all__ = ['f', 'A', 'g_']
 def f(x: Tensor,  # logits
-      y):
+      y) -> Tensor:
     if x: raise UserError('no')
 class A:
     "Of something."
     def __init__(self, n): pass
     def act(self): return 1
+    def do(self, k): "Do it."
 def g_(word): "A verb."
 '''
 
@@ -118,4 +120,5 @@ def test_what_it_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], 'PACKAGE', tmp_path)
     assert [*lacks(Module(tmp_path/'bad.py'))] == [
         'f has no docstring', 'f raises UserError and does not say so', 'f: x has no shape', 'f: y is not explained',
-        'A.__init__: n is not explained', 'A.act has no docstring']
+        'f: what it returns has no shape', 'A.__init__: n is not explained', 'A.act has no docstring',
+        'A.do: k is not explained']

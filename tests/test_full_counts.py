@@ -39,7 +39,7 @@ import numpy as np, torch, h5py
 from ltbook.data.lists import by_count, read_list, recognised
 from ltbook.data.profile import LongTail, shot_groups
 from ltbook.data.sampling import ClassAwareSampler, InstanceBalanced
-from ltbook.runs.run import stage_measures, write_predictions
+from ltbook.runs.measured import stage_measures, write_predictions
 place, n_test = Path(sys.argv[1]), int(sys.argv[2])
 part = read_list(place/'train.txt')
 counts, order = part.counts, by_count(part.counts)

@@ -9,7 +9,8 @@ from torch import nn
 
 from ltbook.data.checks import UserError
 from ltbook.methods.method import context_of, recipe
-from ltbook.methods.registry import get_method
+from ltbook.methods.registry import get_method, methods
+from ltbook.runs.evaluate import evaluate
 from ltbook.runs.folder import load_run
 from ltbook.runs.run import run
 from ltbook.train.captured import captured_step
@@ -129,3 +130,21 @@ def test_every_method_has_them(method, tmp_path):
     "Averaged weights and another optimizer, through a whole run"
     r = recipe(method, 'digits', profile='smoke', average='ema', optimizer='adamw', lr=1e-3)
     assert load_run(run(r, tmp_path, device='cpu')).metrics['protocol']['weights'] == 'ema average'
+
+
+@pytest.mark.parametrize('method', methods())
+def test_images_kept_back(method, tmp_path):
+    "They are left out of training and calibrate every stage that answers; or the method says why it can't"
+    r = recipe(method, 'digits', profile='smoke', calibration=.1)
+    if not get_method(method).one_network:
+        with pytest.raises(UserError, match='leave calibration out'): run(r, tmp_path, device='cpu')
+        return
+    context, plain = context_of(r), context_of(recipe(method, 'digits', profile='smoke'))
+    assert (context.trained_counts + context.parts['calibration'].counts).tolist() == plain.trained_counts.tolist()
+    assert context.tail.counts.tolist() == plain.tail.counts.tolist()
+    done = load_run(run(r, tmp_path, device='cpu'))
+    for s in done.stages:
+        m = done.metrics[s]
+        assert m['calibrated']['plain']['nll'] == m['nll'] and m['calibrated']['temperature']['top1'] == m['top1']
+        assert len(done.predictions[f'{s}/calibration_logits']) == len(context.parts['calibration'])
+    assert evaluate(done).metrics['final']['calibrated'] == done.metrics['final']['calibrated']

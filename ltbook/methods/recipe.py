@@ -75,9 +75,10 @@ class Recipe(BaseModel):
     imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = _fact()
     long_tail: Literal['exp', 'step'] = _fact('exp', stage1=True)  # shape of the class counts
     data_seed: Seed = _fact(0, stage1=True)  # which images are kept
-    # the last images of every train class that stand in for the test part, to choose settings by;
-    # 0 for the test part itself
+    # last images of every train class that stand in for the test part, to choose settings by; 0: the test part itself
     hold_out: Whole = _fact(0, stage1=True, since='0.2')
+    # share of every class of the long tail that is kept back to calibrate by, at least one image; 0 is none
+    calibration: Annotated[float, Field(ge=0, le=.5, allow_inf_nan=False)] = _fact(0., stage1=True, since='0.5')
     seed: Seed = _fact(0, stage1=True, hashed=False)  # initial weights, order of the images, augmentation
     profile: Literal['paper', 'short', 'fast', 'smoke'] = _fact('paper')
     start: str | None = _fact(None)  # run whose first stage is taken over, as dataset/method/seed-hash
@@ -128,8 +129,7 @@ class Recipe(BaseModel):
     cutout_side: Whole = _fact(0, stage1=True, since='0.3', was=_META)  # pixels; 0 is no Cutout
     # of Beta(alpha, alpha), in the first stage; 0 is no mixup
     mixup_alpha: NonNegative = _fact(0., stage1=True, since='0.3', was=_MIXUP)
-    # side of the images at the start, pixels, for stages whose images grow; images that are no larger
-    # keep theirs; None is full size throughout
+    # side of the images at the start, pixels, for stages whose images grow; None is full size throughout
     first_side: Annotated[int, Field(ge=4, multiple_of=4)] | None = _fact(None, stage1=True, since='0.2')
     # how it is computed and measured
     precision: Literal['fp32', 'bf16'] = _fact('fp32', stage1=True)  # of training; evaluation is always fp32

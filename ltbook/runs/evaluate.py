@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 from ..data.checks import UserError
+from ..measure.post_hoc import calibrated
 from ..measure.report import measures, protocol
 from ..methods.method import Context, get_method
 from .folder import Run
 from .keeping import check_data, data_at_hand
+from .measured import known_arrays
 from .run import make_context, read_stage, stage_logits
 from ..train.stage import Stage
 
@@ -43,7 +45,7 @@ def logits_from_weights(
     ("Build the network stage by stage, fill in the stored weights, and predict "
      "the test part again. Raises `UserError` without weights.")
     context = make_context(run.recipe, root, device)
-    out = dict(labels=context.parts['test'].labels.cpu().numpy(), train_counts=context.tail.counts)
+    out = known_arrays(context)
     for name, stage in trained_stages(run, context):
         context.logits[name] = stage_logits(context, stage) or {}
         out |= {f'{name}/{k}': v for k, v in context.logits[name].items()}
@@ -62,7 +64,10 @@ def evaluate(
     if stored: check_data(run.id, run.data, data_at_hand(run.recipe, root))
     arrays = run.predictions if stored else logits_from_weights(run, root, device)
     rule, labels, counts = shot_rule or run.recipe.shot_rule, arrays['labels'], arrays['train_counts']
-    metrics = {s: run.metrics[s] | measures(arrays[f'{s}/logits'], labels, counts, rule) for s in run.stages}
+    # what belongs to every stage, and its own under their short names
+    def of(s): return arrays | {k.removeprefix(f'{s}/'): v for k, v in arrays.items() if k.startswith(f'{s}/')}
+    metrics = {s: run.metrics[s] | measures(arrays[f'{s}/logits'], labels, counts, rule) | calibrated(of(s), rule)
+               for s in run.stages}
     final = metrics[run.stages[-1]] | dict(stage=run.stages[-1])
     return Run(
         run.path,

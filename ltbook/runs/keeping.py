@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..data.checks import UserError, check_name
 from ..data.fingerprint import check_same_data
 from ..data.images import ImageData, data_root as find_root, is_here
-from ..methods.method import Context, get_method, recipe_data
+from ..methods.method import Context, parts_of, recipe_data
 from ..methods.recipe import Recipe
 from ..train.files import Damaged, checked, file_hash, listing, read_json, read_rows, write_json, write_rows
 
@@ -39,7 +39,7 @@ def data_at_hand(
     "What a run of this recipe would see now. Nothing is downloaded for it."
     if not is_here(recipe.dataset, root): return None
     data = recipe_data(recipe, root)
-    parts = get_method(recipe.method).split(recipe, data)[0]
+    parts = parts_of(recipe, data)[0]
     return fingerprints(data, parts) | initial_weights(recipe, root)[1]
 
 def initial_weights(

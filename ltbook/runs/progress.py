@@ -147,8 +147,8 @@ def cell(
 def result_table(
     run: Run,  # finished
 ) -> Table:  # for a rich console
-    ("Measures of every stage, with shot groups, protocol and, if the test "
-     "set was looked at on the way, the best epoch on it.")
+    ("Measures of every stage, with shot groups, protocol and, if the test set was looked at on the way, the best "
+     "epoch on it; below a stage, what calibration on images kept back makes of it.")
     p, r = run.metrics['protocol'], run.recipe
     sizes = '/'.join(str(v) for v in p['group_sizes'].values())
     best = any((run.metrics[s].get('best_on_test') for s in run.stages))
@@ -165,4 +165,6 @@ def result_table(
         m = run.metrics[s]
         top = [cell('top1', m['best_on_test']['top1']) if m.get('best_on_test') else 'not run'] if best else []
         table.add_row(s, *(cell(k, m[k]) for k in COLUMNS), *top)
+        for kind, c in m.get('calibrated', {}).items():
+            if kind != 'plain': table.add_row(f'  {kind}', *(cell(k, c[k]) for k in COLUMNS), *([''] if best else []))
     return table

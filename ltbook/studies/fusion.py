@@ -19,7 +19,7 @@ from ..data.parts import class_splits
 from ..data.hdf5 import stored, try_to_open
 from ..data.stores import ImageSet
 from ..methods.class_balanced_experts import calibration_stage
-from ..methods.method import get_method, recipe_data
+from ..methods.method import parts_of, recipe_data
 from ..models.fusion import JointCalibration, check_logits
 from ..runs.evaluate import trained_stages
 from ..runs.folder import Run, open_folder
@@ -192,7 +192,7 @@ def unused_images(
 ) -> ImageSet:  # train images that the run has not seen, the first ones of each class
     "Images to calibrate on. Raises `UserError` if the run used (nearly) all of its data."
     data = recipe_data(run.recipe, root)
-    parts, tail = get_method(run.recipe.method).split(run.recipe, data)
+    parts, tail = parts_of(run.recipe, data)
     check_data(run.id, run.data, fingerprints(data, parts))
     free = np.setdiff1d(np.arange(len(data.train)), np.r_[tail.indices, getattr(tail, 'meta', tail.indices[:0])])
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)

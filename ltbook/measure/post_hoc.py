@@ -127,7 +127,8 @@ SAID = (
     'top1', 'many', 'medium', 'few', 'ece15', 'ece15_many', 'ece15_medium', 'ece15_few', 'nll', 'brier', 'smooth_ece')
 
 def calibrated(
-    arrays: dict,  # logits (n, C), labels (n,), train_counts (C,); calibration_logits (m, C) and calibration_labels (m,)
+    # logits (n, C), labels (n,), train_counts (C,); calibration_logits (m, C) and calibration_labels (m,)
+    arrays: dict,
     shot_rule: str = '100/20',  # that makes the groups
 ) -> dict[str, dict]:  # calibrated -> kind, and `plain` -> measures by the names of `SAID`; empty without such images
     "What calibration on images that were kept back does to the answers on the test set."

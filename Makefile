@@ -15,7 +15,7 @@ run: install
 test: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing $(if $(wildcard $(LTBOOK_DATA)/cifar100.h5),--flags data)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests --ignore tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist worksteal tests --ignore tests/test_notebooks.py
 
 check: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py tests/test_docstrings.py tests/test_results.py tests/test_types.py

@@ -1,4 +1,5 @@
 "What the site and the help tell people to type: every command exists, those for the authors' users run at a small size"
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_help(verb):
     assert examples and all(e.startswith(f'ltbook {verb or ""}') for e in examples), p.output
     if verb:
         for line in examples: test_commands_exist('help', line)
+
+
+def test_links_of_the_site(tmp_path):
+    "Kept between its pages, plain words outside, and known where they lead nowhere"
+    spec = importlib.util.spec_from_file_location('build', SITE/'build.py')
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    build.SRC = tmp_path
+    assert build.relinked('[walk](walk.md)', 'nbs/site') == '[walk](walk.md)'
+    assert build.relinked('[page](../methods/52_mislas.ipynb#x)', 'nbs/site') == '[page](methods/52_mislas.ipynb#x)'
+    assert build.relinked('[setup](../../setup.py)', 'nbs/site') == 'setup' and build.GONE == []
+    assert build.relinked('[gone](../methods/0_gone.ipynb)', 'nbs/site') == 'gone' and len(build.GONE) == 1
+    for file in SITE.glob('*.md'):
+        if file.name not in ('papers.md', 'differences.md'): build.relinked(file.read_text(), 'nbs/site')
+    assert len(build.GONE) == 1, build.GONE
 
 
 @pytest.fixture(scope='module')

@@ -23,7 +23,7 @@ def html_table(
     def cell(v, kind='td'):
         return f'<{kind} style="padding: 2px 8px">{v.html() if isinstance(v, Picture) else escape(str(v))}</{kind}>'
     def text(words, tag): return f'<p><{tag}>{escape(words)}</{tag}></p>' if words else ''
-    top = '<tr>' + ''.join(cell(h, 'th') for h in head) + '</tr>' if head else ''
+    top = '<tr>' + ''.join(cell(h, 'th') for h in head) + '</tr>' if len(head) else ''
     body = ''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)
     return f'{text(title, "b")}<table>{top}{body}</table>{text(below, "span")}'
 

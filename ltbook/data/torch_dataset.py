@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from .checks import UserError
 from .images import ImageData, data_root, load_images
-from .pictures import fit_square
+from .pictures import DEEP, fit_square, to_rgb
 from .stores import ImageSet, new_place, write_h5
 
 # %% ../../nbs/data/025_torch_dataset.ipynb #ac279b61
@@ -22,7 +22,11 @@ def image_bytes(
     side: int | None = None,  # of the central square it becomes, pixels; None leaves its size
 ) -> np.ndarray:  # uint8 (H, W, C), C is 1 or 3
     "An image as bytes. Raises `UserError` for what is none, and for floats outside 0..1."
-    if isinstance(x, Image.Image): x = np.asarray(x if x.mode in ('L', 'RGB') else x.convert('RGB'))
+    if isinstance(x, Image.Image):
+        if x.mode in DEEP:
+            raise UserError(f'An image of mode {x.mode} has more than 8 bits a value: bring these images as files with '
+                            '`ltbook import`, which finds one scale for all, or scale them to 8 bits in a transform.')
+        x = np.asarray(x if x.mode in ('L', 'RGB') else to_rgb(x))
     elif torch.is_tensor(x):
         if x.is_floating_point():
             if not (x.min() >= 0 and x.max() <= 1):
@@ -46,10 +50,13 @@ def from_dataset(
 ) -> ImageSet:  # in memory, without mean and deviation
     "All images of a set. Raises `UserError` that names the first item that is no image with a label."
     images, labels = [], []
+    if not hasattr(dataset, '__len__'): raise UserError('A set without a length cannot be stored: put it into a list.')
     for i in range(len(dataset)):
-        try: x, y = dataset[i][:2]
-        except (TypeError, ValueError, KeyError, IndexError):
-            raise UserError(f'Item {i} is not a pair of image and label.') from None
+        item = dataset[i]
+        if not isinstance(item, (tuple, list)) or len(item) < 2:
+            raise UserError(f'Item {i} is not a pair of image and label.')
+        x, y = item[:2]
+        if getattr(y, 'shape', None) == (1,): y = y[0]      # as some sets have it
         try: images.append(image_bytes(x, side))
         except UserError as e: raise UserError(f'Item {i}: {e}') from None
         try:
@@ -65,6 +72,9 @@ def from_dataset(
             raise UserError(f'Item {i} has {high} x {wide} pixels, the first {first[0]} x {first[1]}: '
                             'give them one size with side=64, say.')
     if not images: raise UserError('The set is empty.')
+    if max(labels) >= 100*len(labels):
+        raise UserError(f'A label {max(labels)} in {len(labels)} images is no number of a class: '
+                        'labels are numbered from 0 on.')
     names = _class_names(dataset) or tuple(map(str, range(max(labels) + 1)))
     return ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels), names)
 

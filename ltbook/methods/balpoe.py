@@ -42,8 +42,9 @@ def check_strengths(
     "Raises `UserError` unless every expert has a strength."
     for name, t in taus.items():
         if len(t) != n_experts:
+            level = ','.join(['1']*n_experts)      # with a mean of 1 the product is balanced
             raise UserError(f'{n_experts} experts need as many strengths, got {name} = {list(t)}: '
-                            f'use --set n_experts={len(t)}.')
+                            f'use --set {name}=[{level}], for example.')
 
 def product_stage(
     context: Context,  # with a network of experts

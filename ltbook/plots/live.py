@@ -24,6 +24,8 @@ def live(
     def renew(*_):
         try: figure, words.value = draw(**{k: c.value for k, c in controls.items()})
         except UserError as e: figure, words.value = None, escape(str(e))
+        except Exception as e:      # an old figure must not stand for new values
+            figure, words.value = None, escape(f'This could not be drawn ({type(e).__name__}: {e}).')
         picture.layout.display = None if figure else 'none'
         if figure:
             png = BytesIO()

@@ -63,6 +63,9 @@ class Pixels:
             x = x.reshape(-1, *self.image_shape)
         if x.ndim == 3: x = x[..., None]
         if x.ndim != 4: raise UserError(f'Images are (n, H, W) or (n, H, W, C), not {x.shape}.')
+        if x.shape[3] not in (1, 3):
+            more = ': put channels last with X.transpose(0, 2, 3, 1)' if x.shape[1] in (1, 3) else ''
+            raise UserError(f'Images have 1 or 3 channels, these {x.shape[3]}{more}.')
         return torch.from_numpy(np.ascontiguousarray(x))
 
 # %% ../../nbs/runs/664_estimator.ipynb #4a03230a
@@ -109,6 +112,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):
                             'classifier, and the data are the arrays.')
         usual = dict(profile='short', seed=self.seed, epochs=self.epochs, batch_size=self.batch_size)
         r = recipe(self.method, 'arrays', **usual | (self.changes or {}))
+        if r.cutout_side > side and 'cutout_side' not in (self.changes or {}):      # made for larger images
+            r = recipe(self.method, 'arrays', **usual | (self.changes or {}) | dict(cutout_side=side//2))
         context = context_of(r, data, Compute(find_device(self.device)))
         for name, build in get_method(self.method).stages_of(r).items():
             if (stage := build(context)) is None: continue

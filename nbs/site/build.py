@@ -62,6 +62,9 @@ def plain_words(text):
     return ' '.join(words.split())[:240]
 
 
+GONE = []      # links of the sources that lead nowhere
+
+
 def relinked(text, at):
     "Links of a page that lead out of the site become plain words; those to texts of the project find their place."
     def link(m):
@@ -76,7 +79,10 @@ def relinked(text, at):
         if inside in TEXTS: return f'[{label}]({up}{TEXTS[inside]}{anchor})'
         if inside.startswith('nbs/') and place.suffix == '.ipynb' and place.exists():
             return f'[{label}]({up}{inside.removeprefix("nbs/")}{anchor})'
+        if inside.startswith('nbs/site/') and place.suffix == '.md' and place.exists():
+            return f'[{label}]({up}{place.name}{anchor})'
         if place.suffix == '.png' and place.exists(): return f'[{label}]({up}{picture(place)})'
+        if not place.exists(): GONE.append(f'{at}: {target}')
         return label
     return re.sub(r'\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)', link, text)
 
@@ -113,6 +119,12 @@ def contents(file, title, names, text=''):
     file.write_text(f'# {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n')
 
 
+def explained(thing):
+    "Parameters with their comments, as far as its source can be read."
+    try: return docments(thing, full=True)
+    except Exception: return {}
+
+
 def entry(name, thing, kind):
     "One exported name: signature, what it does, every parameter with its comment, what comes back."
     lines = []
@@ -122,8 +134,7 @@ def entry(name, thing, kind):
     text = inspect.cleandoc(thing.__doc__ or '') if not isinstance(thing, (dict, tuple, str, int, float)) else ''
     head = name + (signature if kind in ('function', 'class') else '')
     lines += [f'````{{py:{kind}}} {head}', '', text, '']
-    try: about = docments(thing, full=True) if kind in ('function', 'class') else {}
-    except Exception: about = {}
+    about = explained(thing) if kind in ('function', 'class') else {}
     rows = [(k, v.docment) for k, v in about.items() if k not in ('self', 'return') and getattr(v, 'docment', None)]
     if rows: lines += [f'- `{k}`: {v}' for k, v in rows] + ['']
     back = about.get('return')
@@ -133,6 +144,8 @@ def entry(name, thing, kind):
             known, call = isinstance(m, (property, cached_property)), '()' if callable(m) else ''
             if k.startswith('_') or not (known or call) or not getattr(m, '__doc__', None): continue
             lines += [f'- `{k}{call}`: {" ".join(inspect.cleandoc(m.__doc__).split())}']
+            lines += [f'  - `{x}`: {v.docment}' if x != 'return' else f'  - returns {v.docment}'
+                      for x, v in explained(m).items() if x != 'self' and getattr(v, 'docment', None)]
         lines += ['']
     return '\n'.join([*lines, '````', ''])
 
@@ -251,6 +264,7 @@ def main(out):
                                 '-d', f'{d}/doctrees', str(SRC), f'{d}/site'])
         if (Path(d)/'site').exists(): shutil.copytree(f'{d}/site', out)
         bad = sorted(set(broken(Path(out)))) if Path(out).exists() else ['nothing was built']
+    bad += sorted(set(GONE))
     for line in bad: print('broken:', line)
     pages = len([*Path(out).rglob('*.html')])
     print(f'{pages} pages in {out}, {len(bad)} broken links, open {out}/index.html')

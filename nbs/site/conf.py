@@ -17,6 +17,7 @@ nb_code_prompt_hide = 'Fold'
 nb_mime_priority_overrides = [('html', 'text/html', 50)]
 myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
+smartquotes = False      # or --set becomes a dash
 suppress_warnings = ['misc.highlighting_failure', 'mystnb.unknown_mime_type']
 exclude_patterns = ['_static']
 python_use_unqualified_type_names = True

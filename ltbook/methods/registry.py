@@ -78,4 +78,4 @@ def get_method(
 ):  # the `Method`
     "Look a method up by its name. Raises `UserError` with near matches for an unknown one."
     known = methods()
-    return known[one_of(name, known, 'method')]
+    return known[one_of(name, known, 'method', 'One of your own is found with --import and its notebook.')]

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Device, Out, Root, console, hush, parse_changes, print_table, verb
+from .words import MACHINE, TOLD, Device, Out, Root, console, hush, parse_changes, print_table, verb
 from .show import show_run
 from ..data.checks import UserError, one_of
 
@@ -85,19 +85,27 @@ def run_(
     out: Out = Path('outputs'),
     device: Device = 'auto',
     processes: Annotated[
-        int, typer.Option(help='That share every batch; or start all of them with torchrun.')] = 1,
+        int, typer.Option(
+            help='That share every batch; or start all of them with torchrun.', rich_help_panel=MACHINE)] = 1,
     accumulate: Annotated[
-        int, typer.Option(help='Pieces of a batch that go through the network one after the other: less memory.')] = 1,
+        int, typer.Option(
+            help='Pieces of a batch that go through the network one after the other: less memory.',
+            rich_help_panel=MACHINE)] = 1,
     batchnorm: Annotated[
-        str, typer.Option(help='Statistics of several processes: synced, or each its own.')] = 'synced',
+        str, typer.Option(
+            help='Statistics of several processes: synced, or each its own.', rich_help_panel=MACHINE)] = 'synced',
     track: Annotated[
-        Optional[str], typer.Option(help='Also tell tensorboard, mlflow or wandb (offline) about it.')] = None,
-    bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False,
+        Optional[str], typer.Option(
+            help='Also tell tensorboard, mlflow or wandb (offline) about it.', rich_help_panel=TOLD)] = None,
+    bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.', rich_help_panel=TOLD)] = False,
     quiet: Annotated[
-        bool, typer.Option('--quiet', '-q', help='Print the folder of the run, nothing else.', callback=hush)] = False,
+        bool, typer.Option(
+            '--quiet', '-q', help='Print the folder of the run, nothing else.', callback=hush,
+            rich_help_panel=TOLD)] = False,
     verbose: Annotated[
-        bool, typer.Option('--verbose', '-v', help='Print the whole recipe, and in a terminal a line an epoch.')
-    ] = False):
+        bool, typer.Option(
+            '--verbose', '-v', help='Print the whole recipe, and in a terminal a line an epoch.',
+            rich_help_panel=TOLD)] = False):
     "Train a method on a data set; go on with a run that was stopped."
     from ltbook.methods.recipe import flat
     from ltbook.runs.folder import load_run, resolve_run, run_id

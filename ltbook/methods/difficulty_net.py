@@ -98,7 +98,7 @@ class DifficultyWeigher(ClassWeigher):
         return dict(meta=torch.as_tensor(index, dtype=torch.int64))
 
     def balanced(self, index: Tensor) -> dict[str, Tensor]:
-        "The images at these positions (n,) on the device, as they are, with labels."
+        "The images at positions `index` (n,) on the device, as they are, with labels."
         data = self.view.data
         return self.view.apply(dict(pixels=data.gather(index), y=data.labels[index]))
 

@@ -42,7 +42,7 @@ class LabelSpace(nn.Module):
         self.register_buffer('tables', torch.zeros(depth, n_clusters, n_classes))
 
     def settle(self, rows: FeatureSet) -> Tensor:
-        "Give every trained filter its threshold and its table; levels (N,) of the train rows so far."
+        "Give every trained filter its threshold and its table from the train `rows`; their levels (N,) so far."
         reads = [read_rows(f, rows.features) for f in self.filters]
         for d, r in enumerate(reads):
             if self.thresholds[d].isnan():

@@ -49,7 +49,7 @@ class DepthResNet32(ExpertNetwork):
         init_convolutions(self)
 
     def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, K, 64) of images (B, in_channels, H, W)."
+        "Pooled features (B, K, 64) of images `x` (B, in_channels, H, W)."
         first = self.groups[0](self.stem(x))
         second = self.groups[1](first)
         parts = [g(second) * s((first, second)[k % 2]) for k, (g, s) in enumerate(zip(self.branches, self.looks))]

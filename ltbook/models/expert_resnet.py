@@ -58,7 +58,7 @@ class ExpertResNet32(ExpertNetwork):
         init_convolutions(self)
 
     def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, K, d) of images (B, in_channels, H, W)."
+        "Pooled features (B, K, d) of images `x` (B, in_channels, H, W)."
         x = self.shared(self.stem(x))
         return torch.stack([branch(x).mean((2, 3)) for branch in self.branches], 1)
 

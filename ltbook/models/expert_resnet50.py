@@ -42,7 +42,8 @@ class ExpertResNet(ExpertNetwork):
         self.heads = expert_heads(head, self.n_features, n_classes, n_experts)
 
     def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, K, d), d = 1536 where reduced, of images (B, in_channels, H, W), 224 pixels in the papers."
+        ("Pooled features (B, K, d), d = 1536 where reduced, of images `x` (B, in_channels, H, W), 224 pixels in "
+         "the papers.")
         x = self.trunk(x)
         return torch.stack([branch(x).mean((2, 3)) for branch in self.branches], 1)
 

@@ -37,7 +37,7 @@ class Made(nn.Module):
         self.net = MaskedMLP(dependence(n_features, reverse).repeat(2, 1), [hidden or n_features]*(1 + n_hidden))
 
     def shift_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "m and a, (B, D) each."
+        "m and a, (B, D) each, of features `x` (B, D)."
         m, a = self.net(x).chunk(2, dim=1)
         return m, a if self.bound is None else self.bound*torch.tanh(a/self.bound)
 
@@ -47,7 +47,7 @@ class Made(nn.Module):
         return (x - m)*torch.exp(-a), -a.sum(1)
 
     def inverse(self, u: Tensor) -> Tensor:
-        "x of a latent, one variable after the other: D evaluations."
+        "Features (B, D) of a latent `u` (B, D), one variable after the other: D evaluations."
         x = torch.zeros_like(u)
         for i in sorted(range(self.n_features), reverse=self.reverse):
             m, a = self.shift_scale(x)
@@ -80,7 +80,7 @@ class FlowBatchNorm(nn.Module):
         return y, (self.log_gamma - 0.5*torch.log(var + self.eps)).sum().expand(len(x))
 
     def inverse(self, y: Tensor) -> Tensor:
-        "x of a normalised y, by the running statistics."
+        "Features (B, D) of a normalised `y` (B, D), by the running statistics."
         return (y - self.beta)*torch.exp(-self.log_gamma)*torch.sqrt(self.var + self.eps) + self.mean
 
 # %% ../../nbs/models/15_flow.ipynb #6b36e14c
@@ -108,6 +108,6 @@ class MaskedFlow(nn.Module):
         return x, total
 
     def inverse(self, u: Tensor) -> Tensor:
-        "Features of a latent; eval mode only."
+        "Features (B, D) of a latent `u` (B, D); eval mode only."
         for layer in reversed(self.layers): u = layer.inverse(u)
         return u

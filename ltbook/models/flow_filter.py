@@ -70,7 +70,7 @@ class FlowFilter(nn.Module):
         self.register_buffer('scale', torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Latent (B, D) and log-determinant (B,)."
+        "Latent (B, D) and log-determinant (B,) of features `x` (B, D)."
         u, log_det = self.flow((x - self.shift)/self.scale)
         return u, log_det - self.scale.log().sum()
 

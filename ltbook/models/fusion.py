@@ -99,7 +99,7 @@ class JointCalibration(nn.Module):
         if n_distributions > 1: self.mix = nn.Parameter(torch.zeros(n_distributions))
 
     def calibrated(self, z: Tensor) -> list[Tensor]:
-        "Logits of each member after shift, scale and bias, from all of them side by side (B, sum of widths)."
+        "Logits of each member after shift, scale and bias, from all of them side by side, `z` (B, sum of widths)."
         z = z + self.shift
         if self.tied: u = self.scale[self.owner]*z + torch.zeros_like(self.shift).index_add(0, self.rejects, self.bias)
         else: u = self.scale*z + self.bias

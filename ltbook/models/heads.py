@@ -78,7 +78,7 @@ class BodyAndHead(nn.Module):
         self.head = HEADS[one_of(head, HEADS, 'head')](n_features, n_classes) if n_classes else nn.Identity()
 
     def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, n_features) of images (B, C, H, W)."
+        "Pooled features (B, n_features) of images `x` (B, C, H, W)."
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class ResNet32(nn.Module):
         self.head = HEADS[one_of(head, HEADS, 'head')](64, n_classes) if n_classes else nn.Identity()
 
     def features(self, x: Tensor) -> Tensor:
-        "Pooled features (B, 64) of images (B, in_channels, H, W); never negative."
+        "Pooled features (B, 64) of images `x` (B, in_channels, H, W); never negative."
         return self.groups(self.stem(x)).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,11 +18,14 @@ from .folder import Run, run_id
 # %% ../../nbs/runs/663_tracking.ipynb #160f25ec
 class Tracker(Protocol):
     "What is told about a run."
-    def row(self, row: dict) -> None: ...  # an epoch of its history
+    def row(self, row: dict) -> None:
+        "Take a `row` of its history, an epoch."
 
-    def end(self, run: Run) -> None: ...  # finished
+    def end(self, run: Run) -> None:
+        "Take the finished `run`."
 
-    def close(self) -> None: ...  # however it went
+    def close(self) -> None:
+        "Let go, however it went."
 
 def numbers_of(
     row: dict,  # of a history: stage, epoch, and numbers

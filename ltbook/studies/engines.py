@@ -24,9 +24,11 @@ class Engine(Protocol):
         self,
         words: list[str],  # after `ltbook`
         log: Path,  # what the process prints is added here
-    ) -> Future: ...  # of its exit code, negative for a signal
+    ) -> Future:  # of its exit code, negative for a signal
+        "Start a cell as soon as there is a place for it."
 
-    def close(self) -> None: ...  # end what still runs
+    def close(self) -> None:
+        "End what still runs."
 
 def run_cell(
     words: list[str],  # after `ltbook`

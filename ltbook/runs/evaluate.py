@@ -16,7 +16,7 @@ from ..methods.method import Context, get_method
 from .folder import Run
 from .keeping import check_data, data_at_hand
 from .measured import known_arrays
-from .run import make_context, read_stage, stage_logits
+from .run import kept_back_logits, make_context, read_stage, stage_logits
 from ..train.stage import Stage
 
 # %% ../../nbs/runs/64_evaluate.ipynb #999ad398
@@ -47,7 +47,7 @@ def logits_from_weights(
     context = make_context(run.recipe, root, device)
     out = known_arrays(context)
     for name, stage in trained_stages(run, context):
-        context.logits[name] = stage_logits(context, stage) or {}
+        context.logits[name] = (stage_logits(context, stage) or {}) | kept_back_logits(context, stage)
         out |= {f'{name}/{k}': v for k, v in context.logits[name].items()}
     return out
 

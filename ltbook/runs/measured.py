@@ -43,8 +43,9 @@ def known_arrays(
     context: Context,  # with its parts
 ) -> dict[str, np.ndarray]:  # labels (n,), train_counts (C,), and calibration_labels (m,) where images are kept back
     "What logits belong to."
-    held = {'calibration_labels': context.parts[p].labels.cpu().numpy() for p in context.parts if p == 'calibration'}
-    return dict(labels=context.parts['test'].labels.cpu().numpy(), train_counts=context.tail.counts) | held
+    names = dict(test='labels', calibration='calibration_labels')
+    labels = {name: context.parts[p].labels.cpu().numpy() for p, name in names.items() if p in context.parts}
+    return labels | dict(train_counts=context.tail.counts)
 
 def collect_metrics(
     context: Context,  # with the logits of its stages

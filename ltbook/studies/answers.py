@@ -61,11 +61,10 @@ def answers(
         out[f'EM ({name})'] = replace_prior(z, source, estimate_prior(unlabelled, source).clamp_min(1e-12))
         if kept is None: continue
         s = kept.scalings[name]
-        honest, few = s(z), torch.full((z.shape[1],), .1/z.shape[1]).double()
-        q = estimate_prior_by_confusion(s(unlabelled), s(kept.logits), kept.labels).maximum(few)
-        out[f'calibrated EM ({name})'] = replace_prior(
-            honest, source, estimate_prior(s(unlabelled), source).clamp_min(1e-12))
-        out[f'BBSE ({name})'] = replace_prior(honest, source, q)
+        honest, seen = s(z), s(unlabelled)
+        out[f'calibrated EM ({name})'] = replace_prior(honest, source, estimate_prior(seen, source).clamp_min(1e-12))
+        q = estimate_prior_by_confusion(seen, s(kept.logits), kept.labels)
+        out[f'BBSE ({name})'] = replace_prior(honest, source, q.clamp_min(.1/len(q)))
     if experts is None: return out
     out |= {f'expert {k + 1}': e for k, e in enumerate(experts[shift.indices].unbind(1))}
     if weights is None: return out

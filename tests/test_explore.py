@@ -65,15 +65,14 @@ def local_only(page):
     page.route(lambda url: not url.startswith(here), lambda route: route.abort())
 
 
-BYTES = """async () => Promise.all([...document.querySelectorAll('img')].filter(i => i.src.startsWith('blob:'))
-    .map(async i => [...new Uint8Array(await (await fetch(i.src)).arrayBuffer())].join()))"""
+SOURCES = "[...document.querySelectorAll('img.live')].map(i => i.src)"
 
 
 def pictures(page):
     "What is seen, not where it lies; one may be replaced while it is read"
     from playwright.sync_api import Error
     for _ in range(50):
-        try: return page.evaluate(BYTES)
+        try: return page.evaluate(SOURCES)
         except Error: page.wait_for_timeout(100)
 
 
@@ -112,9 +111,11 @@ def test_something_is_moved_and_the_figure_follows(served, chrome, name, slider)
     page.on('pageerror', lambda e: errors.append(str(e)))
     local_only(page)
     page.goto(f'{served}/voila/render/explore/{name}.ipynb', timeout=120_000, wait_until='commit')
-    page.locator('img[src^="blob:"]').first.wait_for(timeout=120_000)
+    page.locator('img.live').first.wait_for(timeout=120_000)
     before, now = moved(page, slider)
     assert now and now != before and not errors, errors
+    told = page.eval_on_selector_all('img.live', 'all => all.map(i => i.alt)')
+    assert all(len(words) > 20 for words in told), told
     assert not re.search('Traceback|UserError', page.inner_text('body'))
     links = [a for a in page.eval_on_selector_all('a[href]', 'all => all.map(a => a.href)') if '.ipynb' in a]
     assert links and all(there(a, served) for a in links), links
@@ -140,7 +141,7 @@ def test_in_jupyterlab(outputs, chrome, tmp_path):
         page.get_by_text('| Idle').wait_for(timeout=120_000)      # the kernel is there
         page.locator('.lm-MenuBar-itemLabel', has_text='Run').first.click()
         page.locator('.lm-Menu-itemLabel', has_text='Run All Cells').first.click()
-        try: page.locator('img[src^="blob:"]').first.wait_for(timeout=60_000)
+        try: page.locator('img.live').first.wait_for(timeout=60_000)
         finally:
             if place := os.environ.get('LTBOOK_PICTURES'): page.screenshot(path=f'{place}/lab.png')
         before, now = moved(page)

@@ -177,25 +177,49 @@ def api():
     (SRC/'exported.json').write_text(json.dumps(names))
 
 
+def equations(nb, at):
+    "The displayed equations of a page, each under its heading and between the paragraphs around it."
+    out, heading = [], ''
+    for cell in nb['cells']:
+        if cell['cell_type'] != 'markdown': continue
+        parts = re.split(r'\n\s*\n', ''.join(cell['source']))
+        shown = [k for k, p in enumerate(parts) if '$$' in p]
+        kept = {j for k in shown for j in (k - 1, k, k + 1) if 0 <= j < len(parts)}
+        for k, p in enumerate(parts):
+            if p.startswith('#'): heading = '**' + p.splitlines()[0].lstrip('# ') + '**'
+            elif k in kept:
+                if heading: out.append(heading)
+                out, heading = [*out, re.sub(r'\]\(#', f']({Path(at).name}#', p)], ''
+    return relinked('\n\n'.join(out), str(Path(at).parent))
+
+
 def papers():
-    "Printed and measured, a section a method, from the runs of this repository."
+    "A page a paper: commands, equations, and what was printed beside what the runs of this repository reached."
     table = compare([r for r in find_runs(ROOT/'outputs') if not r.recipe.hold_out], missing=False)
     table = table[table.measure.isin(('top1', 'ece15')) & (table.changes == '')]
-    pages = {m.group(1): p.name for p in sorted((ROOT/'nbs'/'methods').glob('*.ipynb'))
-             for m in re.finditer(r"register\(\s*Method\(\s*'(\w+)'", '\n'.join(
-                 ''.join(c['source']) for c in json.loads(p.read_text())['cells']))}
-    text = ['# Methods and papers', '', relinked((HERE/'papers.md').read_text(), 'nbs/site'), '']
-    for name, m in methods().items():
-        if m.hidden: continue
-        text += [f'## {name}', '', f'{m.title[0].upper()}{m.title[1:]}. {m.paper}.', '', '```', f'ltbook run {name} '
-                 + ('FEATURES' if name == 'dlsa' else 'cifar100 --imbalance 100'), '```', '']
-        if name in pages: text += [f'[The page](methods/{pages[name]}) has equations, code and checks.', '']
-        mine = table[table.method == name]
-        if len(mine):
-            s = short(mine.sort_values(['dataset', 'imbalance', 'profile', 'stage']))[
+    known, names = methods(), []
+    (SRC/'papers').mkdir()
+    for file in sorted((ROOT/'nbs'/'methods').glob('*.ipynb'), key=lambda p: p.name.split('_')[0].ljust(4, '0')):
+        nb = json.loads(file.read_text())
+        found = re.findall(r"register\(\s*Method\(\s*'(\w+)'", '\n'.join(''.join(c['source']) for c in nb['cells']))
+        mine = [known[n] for n in found if n in known and not known[n].hidden]
+        if not mine: continue
+        text = [f'# {title_of(nb)}', '']
+        for m in mine:
+            text += [f'{m.title[0].upper()}{m.title[1:]} ({m.paper}):', '', '```', f'ltbook run {m.name} '
+                     + ('FEATURES' if m.name == 'dlsa' else 'cifar100 --imbalance 100'), '```', '']
+        text += [f'[The page with code and checks](../methods/{file.name})', '', '## Equations', '',
+                 equations(nb, f'nbs/methods/{file.name}'), '', '## Printed and measured', '']
+        rows = table[table.method.isin([m.name for m in mine])]
+        if len(rows):
+            s = short(rows.sort_values(['method', 'dataset', 'imbalance', 'profile', 'stage']))[
                 ['method', 'setting', 'recipe', 'measure', 'printed', 'ours', 'seeds', 'verdict']]
-            text += [formatted(mine, 'markdown', s.drop_duplicates())]
-    (SRC/'papers.md').write_text('\n'.join(text))
+            text += [formatted(rows, 'markdown', s.drop_duplicates())]
+        else: text += ['No finished run is in this repository.']
+        (SRC/'papers'/f'{file.stem}.md').write_text('\n'.join(text))
+        names.append(f'{file.stem}.md')
+    text = relinked((HERE/'papers.md').read_text(), 'nbs/methods')      # the folder lies beside it
+    contents(SRC/'papers'/'index.md', 'Methods and papers', names, text)
 
 
 def differences():
@@ -222,7 +246,7 @@ class Links(HTMLParser):
 
 
 def broken(site):
-    "Links of the built pages that lead nowhere, and pages that ask another place for anything."
+    "Links of the built pages that lead nowhere, pages that ask another place for anything, formulas left as they were."
     read = {}
     for file in site.rglob('*.html'):
         read[file.resolve()] = page = Links()
@@ -237,8 +261,10 @@ def broken(site):
             elif anchor and place in read and anchor not in read[place].ids:
                 yield f'{file.relative_to(site.resolve())}: {link}'
     for file in read:
-        for m in re.finditer(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', file.read_text()):
+        text = file.read_text()
+        for m in re.finditer(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]*)"', text):
             if 'rel="canonical"' not in m.group(): yield f'{file.name} asks {m.group(1)}'
+        for m in re.finditer(r'<m[a-z]+[^>]*>\\[^<]*', text): yield f'{file.name} shows {m.group()}'
 
 
 def main(out):

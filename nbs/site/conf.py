@@ -1,5 +1,6 @@
 "Sphinx settings of the site; `build.py` prepares what is built here, see `make docs`."
 import json
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -39,7 +40,10 @@ def as_mathml(app, tree):
     from latex2mathml.converter import convert
     for kind, display in ((nodes.math, 'inline'), (nodes.math_block, 'block')):
         for node in list(tree.findall(kind)):
-            node.replace_self(nodes.raw('', convert(node.astext(), display=display), format='html'))
+            # two things that latex2mathml leaves as they are: named delimiters of a given size, and the name of arg max
+            text = re.sub(r'\\[bB]igg?[lrm]?\s*(?=\\(?:[lr]angle|[lr]floor|[lr]?Vert|\|))', '', node.astext())
+            text = re.sub(r'\\arg\s*\\(max|min)', r'\\operatorname{arg\\,\1}', text)
+            node.replace_self(nodes.raw('', convert(text, display=display), format='html'))
 
 
 def setup(app):

@@ -40,9 +40,9 @@ def as_mathml(app, tree):
     from latex2mathml.converter import convert
     for kind, display in ((nodes.math, 'inline'), (nodes.math_block, 'block')):
         for node in list(tree.findall(kind)):
-            # two things that latex2mathml leaves as they are: named delimiters of a given size, and the name of arg max
+            # two things that latex2mathml leaves as they are: named delimiters of a given size, and the name arg
             text = re.sub(r'\\[bB]igg?[lrm]?\s*(?=\\(?:[lr]angle|[lr]floor|[lr]?Vert|\|))', '', node.astext())
-            text = re.sub(r'\\arg\s*\\(max|min)', r'\\operatorname{arg\\,\1}', text)
+            text = re.sub(r'\\arg\b', r'\\mathrm{arg}', text)
             node.replace_self(nodes.raw('', convert(text, display=display), format='html'))
 
 

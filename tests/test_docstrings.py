@@ -12,6 +12,16 @@ import ltbook
 
 PACKAGE = Path(ltbook.__file__).parent
 MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '__main__.py', '_modidx.py'))
+FROM_PAPERS = {'losses', 'measure', 'models'}      # rooms where most things were published by somebody
+# what is there in addition: everybody's knowledge, or this project's own
+OURS = {
+    *('reduced weighted_mean LossOptions named_loss mixed inverse_frequency_weights').split(),
+    *('as_predictions top1 per_class_accuracy Mixture prior_lean weight_lean guarded confidences').split(),
+    *('negative_log_likelihood Scaling balanced_weights calibrated measures protocol').split(),
+    *('build_backbone driver_optimum expert_heads ExpertNetwork squared_distances component_densities').split(),
+    *('log_likelihood read_rows check_members check_logits linear_head BodyAndHead random_levels').split(),
+    *('cluster_table cluster_stats imbalance_nats filter_checks FrozenResNet small_stem TimmNetwork').split(),
+    *('read_weights best_prefix start_from').split()}
 PROTOCOL = {'forward', 'state_dict', 'load_state_dict', 'zero_grad'}      # of PyTorch: everybody knows what they do
 ARRAY = re.compile(r'^[^\[]*\b(Tensor|ndarray)\b')      # not of arrays within something
 SHAPE = re.compile(r'\(|scalar|any shape')
@@ -29,12 +39,15 @@ class Module:
         names = {e.value for e in listed[0] if isinstance(e, ast.Constant)} if listed else set()
         self.exported = [
             n for n in self.tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in names]
+        self.values = [(x.id, n) for n in self.tree.body if isinstance(n, (ast.Assign, ast.AnnAssign))
+                       for x in (n.targets if isinstance(n, ast.Assign) else [n.target])
+                       if isinstance(x, ast.Name) and x.id in names]
 
-    def about(self, argument):
-        "The comment beside a parameter, or in the lines of comments above it"
-        found = [self.comments[i] for i in range(argument.lineno, argument.end_lineno + 1) if i in self.comments]
-        line = argument.lineno - 1
-        while line in self.comments and self.lines[line - 1].lstrip().startswith('#'):
+    def about(self, node):
+        "The comments beside a parameter or a value, and in the lines above it"
+        found = [self.comments[i] for i in range(node.lineno, node.end_lineno + 1) if i in self.comments]
+        line = node.lineno - 1
+        while line in self.comments and re.match(r'\s*#(?! %%)', self.lines[line - 1]):
             found, line = [self.comments[line], *found], line - 1
         return ' '.join(found)
 
@@ -57,6 +70,11 @@ def is_command(function):
     return function.name[-1] == '_' != function.name[0]
 
 
+def says_itself(value):
+    "A method has a title, an option of the command line its help"
+    return re.match(r'register\(|.*\bhelp=', ast.unparse(value), re.S)
+
+
 def untold(module, f, whole, doc):
     "Parameters without a word, arrays without a shape"
     for a in arguments(f):
@@ -68,6 +86,10 @@ def untold(module, f, whole, doc):
         said = ' '.join(module.comments.get(i, '') for i in range(f.returns.lineno, f.returns.end_lineno + 1))
         told = re.search(rf'{SHAPE.pattern}|\b(like|same)\b', said) or re.search(r'\(\w*,|\(\)|scalar', doc)
         if not told: yield f'{whole}: what it returns has no shape'
+    is_property = any('property' in ast.unparse(d) for d in f.decorator_list)      # its docstring says it
+    if f.returns is not None and ast.unparse(f.returns) == 'float' and not is_property:
+        if not any(i in module.comments for i in range(f.returns.lineno, f.returns.end_lineno + 1)):
+            yield f'{whole}: the number it returns has no unit and no range'
 
 
 @cache
@@ -90,9 +112,13 @@ def said_by_a_base(bases, name):
 
 def lacks(module):
     "What is missing in a module, as sentences"
+    for name, n in module.values:
+        if not module.about(n) and not says_itself(n.value): yield f'{name} has no word beside or above it'
     for n in module.exported:
         doc = ast.get_docstring(n) or ''
         if not doc: yield f'{n.name} has no docstring'
+        if module.name.split('/')[0] in FROM_PAPERS and n.name not in OURS and not re.search(r'\b(19|20)\d\d\b', doc):
+            yield f'{n.name} has no source: author and year, or a place in OURS'
         functions = [f for f in n.body if isinstance(f, ast.FunctionDef)] if isinstance(n, ast.ClassDef) else [n]
         bases = {getattr(b, 'id', '') for b in n.bases} if isinstance(n, ast.ClassDef) else set()
         for f in functions:
@@ -116,11 +142,13 @@ def test_every_exported_name_is_explained(path): assert [*lacks(Module(path))] =
 
 def test_how_many_there_are():
     "The test sees them, and sees what is missing"
-    assert sum(len(Module(p).exported) for p in MODULES) > 700
+    modules = [Module(p) for p in MODULES]
+    assert sum(len(m.exported) for m in modules) > 700 and sum(len(m.values) for m in modules) > 80
+    assert OURS <= {n.name for m in modules if m.name.split('/')[0] in FROM_PAPERS for n in m.exported}
 
 
 BAD = '''
-__all__ = ['f', 'A', 'g_']
+__all__ = ['f', 'A', 'g_', 'h', 'N', 'M']
 def f(x: Tensor,  # logits
       y) -> Tensor:
     if x: raise UserError('no')
@@ -130,6 +158,9 @@ class A:
     def act(self): return 1
     def do(self, k): "Do it."
 def g_(word): "A verb."
+def h() -> float: "How much."
+N = 1
+M = 2      # of something
 '''
 
 
@@ -138,6 +169,9 @@ def test_what_it_finds(tmp_path, monkeypatch):
     (tmp_path/'bad.py').write_text(BAD)
     monkeypatch.setattr(sys.modules[__name__], 'PACKAGE', tmp_path)
     assert [*lacks(Module(tmp_path/'bad.py'))] == [
-        'f has no docstring', 'f raises UserError and does not say so', 'f: x has no shape', 'f: y is not explained',
-        'f: what it returns has no shape', 'A.__init__: n is not explained', 'A.act has no docstring',
-        'A.do: k is not explained']
+        'N has no word beside or above it', 'f has no docstring', 'f raises UserError and does not say so',
+        'f: x has no shape', 'f: y is not explained', 'f: what it returns has no shape',
+        'A.__init__: n is not explained', 'A.act has no docstring', 'A.do: k is not explained',
+        'h: the number it returns has no unit and no range']
+    monkeypatch.setattr(sys.modules[__name__], 'FROM_PAPERS', {'bad'})
+    assert 'h has no source: author and year, or a place in OURS' in [*lacks(Module(tmp_path/'bad.py'))]

@@ -100,6 +100,7 @@ def packed_row(
     return versus(speeds['plain'], speeds['ours'], baseline_is='ImageFolder, decoding', threads=1)
 
 # %% ../../nbs/bench/698_photographs.ipynb #f297d3fd
+# a process that trains on a packed set and prints the most memory it had
 WATCHED = """
 import sys, threading, time
 from pathlib import Path

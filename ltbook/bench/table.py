@@ -31,6 +31,7 @@ from ..train.files import write_atomic, write_json
 from ..train.loop import predict
 
 # %% ../../nbs/bench/691_table.ipynb #8a3adf4c
+# name of a row -> what it says, and what measures it
 ROWS: dict[str, tuple[str, Callable[[float], dict]]] = dict(
     train_plain=('images/s', lambda s: training.train_row(s, mixup=False)),
     train_mixup=('images/s', training.train_row),
@@ -98,9 +99,11 @@ def by_experts(
         steps[k] = step
     return [dict(at=k, unit='ms', value=1e3/median(v)) for k, v in take_turns(steps, seconds/2, 3, warm=1).items()]
 
+# what may grow -> the rows that show how time grows with it
 GROWTH: dict[str, Callable[[float], list[dict]]] = dict(images=by_images, classes=by_classes, experts=by_experts)
 
 # %% ../../nbs/bench/691_table.ipynb #4002f5b7
+# a row without measurement
 EMPTY = dict(baseline=None, ours=None, ratio=None, baseline_spread=None, ours_spread=None, better=None)
 
 def attempt(

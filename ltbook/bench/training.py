@@ -234,6 +234,7 @@ def memory_row(
     return versus(plain, ours, 'lower', precision='fp32', bf16_mb=bf16[0], baseline_is='plain, 0 workers')
 
 # %% ../../nbs/bench/690_training.ipynb #7d1c99a6
+# a fresh process that times `import ltbook`
 IMPORTS = """
 import time; t = [time.perf_counter()]
 def lap(): t.append(time.perf_counter())

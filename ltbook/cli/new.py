@@ -14,6 +14,7 @@ from .words import console, verb
 from ..data.checks import UserError, check_name, one_of
 
 # %% ../../nbs/cli/798_new.ipynb #2fe12ba5
+# the page that `new method` writes; @@ begins a cell
 METHOD = """@@ md
 # NAME
 
@@ -82,6 +83,7 @@ result.metrics['final']['top1']
 assert result.stages == ['stage1'] and result.recipe.settings.gamma == .5
 """
 
+# the page that `new dataset` writes; @@ begins a cell
 DATASET = """@@ md
 # NAME
 

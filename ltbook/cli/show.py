@@ -14,7 +14,9 @@ from .words import Out, console, print_table, verb
 from ..data.checks import UserError
 
 # %% ../../nbs/cli/795_show.ipynb #47c41124
-def show_run(run) -> None:
+def show_run(
+    run,  # a finished `Run`
+) -> None:
     "Print the result, the paper's numbers and the places of notebook and figures."
     from ltbook.runs.progress import result_table
     from ltbook.runs.published import beside_the_paper

@@ -59,6 +59,7 @@ def _version(wanted: bool) -> None:
 
 def _examples(*lines: str) -> str: return '\n\n'.join(('Examples:', *lines))      # an empty line keeps them apart
 
+# the command line; every verb adds itself
 app = typer.Typer(
     cls=PoliteGroup, no_args_is_help=True, pretty_exceptions_enable=False, epilog=_examples(
         'ltbook run mislas digits', 'ltbook show', 'ltbook run --help'))
@@ -86,7 +87,7 @@ class SafeConsole(Console):
 
 def _safe(thing): return '\n'.join(map(printable, thing.splitlines())) if isinstance(thing, str) else thing
 
-console = SafeConsole(highlight=False, markup=False, force_jupyter=False)
+console = SafeConsole(highlight=False, markup=False, force_jupyter=False)      # where verbs print
 if not console.is_terminal and 'COLUMNS' not in os.environ: console.width = 140      # a file has room
 
 # %% ../../nbs/cli/790_words.ipynb #e71c03f7

@@ -13,7 +13,7 @@ from torch import Tensor
 from .checks import UserError, one_of
 
 # %% ../../nbs/data/05_augment.ipynb #ad642bc8
-PAD_MODES = ('constant', 'reflect', 'reflect+constant')
+PAD_MODES = ('constant', 'reflect', 'reflect+constant')      # what is around an image before it is cropped
 
 def pad_images(
     images: Tensor,  # uint8 (N, H, W, C)
@@ -133,6 +133,7 @@ def turn_hue(
     k = (x.new_tensor([5., 3., 1.]).view(3, 1, 1) + 6*h) % 6
     return v - spread*torch.minimum(k, 4 - k).clamp(0, 1)
 
+# name -> change of images (B, C, H, W) in [0, 1] by a factor, for hue by a share of the circle
 JITTERS = {
     'brightness': lambda x, f: (f*x).clamp(0, 1),
     'contrast': lambda x, f: (f*x + (1 - f)*grey(x).mean((1, 2, 3), keepdim=True)).clamp(0, 1),

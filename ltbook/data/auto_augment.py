@@ -60,6 +60,7 @@ def magnitudes(
         Solarize=torch.linspace(255.0, 0.0, 10).tolist())
 
 # %% ../../nbs/data/091_auto_augment.ipynb #583d14be
+# operations whose magnitude has no direction
 UNSIGNED = ('Identity', 'Invert', 'Posterize', 'Solarize', 'AutoContrast', 'Equalize')
 
 def signed_moves(
@@ -240,6 +241,7 @@ class AutoAugment:
         return torch.stack(x.unbind(1), -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/data/091_auto_augment.ipynb #a42926f1
+# operations of RandAugment
 RANDOM_MOVES = ('Identity', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'Rotate', 'Brightness', 'Color', 'Contrast',
                 'Sharpness', 'Posterize', 'Solarize', 'AutoContrast', 'Equalize')
 

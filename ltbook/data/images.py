@@ -43,6 +43,7 @@ class ImageData:
 
 # %% ../../nbs/data/03_images.ipynb #a449f329
 _CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), pad=4, flip=True, imbalance=100.)
+# name -> what is known of a data set before its images are read
 DATASETS = {
     'digits': dict(mean=(0.3061,), std=(0.3765,), pad=1, flip=False, imbalance=20., n_classes=10),
     'cifar10': dict(_CIFAR, n_classes=10),

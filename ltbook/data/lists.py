@@ -140,6 +140,7 @@ class LargeSet:
     archive: str  # what has to be had, in words
 
 _SHIFTS = ('forward', 'backward')
+# name -> counts, layouts and archive of a large data set
 LARGE = dict(
     imagenet_lt=LargeSet('ImageNet-LT', 1000, dict(
         train=(115_846, 1280, 5), val=(20_000, 20, 20), test=(50_000, 50, 50),

@@ -68,6 +68,7 @@ def reserve(
         np.concatenate(keep), counts, imbalance, kind if imbalance else 'all', data_seed), np.concatenate(aside)
 
 # %% ../../nbs/data/07_parts.ipynb #1c2d409c
+# number of parts -> their names, most frequent classes first
 NAMES = {2: ('head', 'tail'), 3: ('head', 'mid', 'tail')}
 
 def class_splits(

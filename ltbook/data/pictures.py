@@ -20,7 +20,7 @@ from .tables import read_table
 
 # %% ../../nbs/data/020_pictures.ipynb #4b56bb7a
 DEEP = ('I', 'F', 'I;16', 'I;16L', 'I;16B', 'I;16N')  # Pillow's modes of more than 8 bits a value
-FULL_SCALES = (255., 1023., 4095., 16383., 65535.)
+FULL_SCALES = (255., 1023., 4095., 16383., 65535.)      # white, for pictures of 8, 10, 12, 14 and 16 bits
 
 def values_of(
     im: Image.Image,  # of a mode in DEEP
@@ -65,6 +65,7 @@ def _from_lab(im: Image.Image) -> Image.Image:
     return ImageCms.applyTransform(im, ImageCms.buildTransform(lab, srgb, 'LAB', 'RGB'))
 
 # %% ../../nbs/data/020_pictures.ipynb #e9ecc182
+# how a picture becomes a square -> what is kept of it
 FITS = dict(
     crop='the central square',
     letterbox='all of it, with bars of the background',
@@ -92,8 +93,9 @@ def cut_off(
     return 1 - min(im.size)/max(im.size)
 
 # %% ../../nbs/data/020_pictures.ipynb #acefc8d0
+# of files that are pictures
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
-LEFT_BEHIND = {'__macosx', 'thumbs.db', 'desktop.ini', '@eadir'}
+LEFT_BEHIND = {'__macosx', 'thumbs.db', 'desktop.ini', '@eadir'}      # what systems leave in folders
 
 def _wanted(p: Path) -> bool: return p.name[0] != '.' and p.name.lower() not in LEFT_BEHIND
 

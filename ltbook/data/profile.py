@@ -86,6 +86,7 @@ def long_tail(
     return LongTail(np.concatenate(keep), counts, float(imbalance), kind, data_seed)
 
 # %% ../../nbs/data/01_profile.ipynb #1bf57cc6
+# name -> the groups of classes in words
 SHOT_RULES = {
     '100/20': 'many > 100, medium 20 to 100, few < 20 training images',
     '1000/200': 'many > 1000, medium 200 to 1000, few < 200 training images (DirMixE on CIFAR-10, ICML 2024)',

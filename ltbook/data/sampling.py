@@ -130,9 +130,9 @@ def power_law(
     "Draw classes in proportion to their counts to the power of q."
     return ClassProbability(labels, Sampler(labels).counts.astype(float) ** q, seed, n_draws)
 
-class_uniform = partial(power_law, q=0.)
-square_root = partial(power_law, q=0.5)
-reversed_frequency = partial(power_law, q=-1.)
+class_uniform = partial(power_law, q=0.)      # every class equally likely
+square_root = partial(power_law, q=0.5)      # in proportion to the root of its count
+reversed_frequency = partial(power_law, q=-1.)      # in proportion to one over its count
 
 # %% ../../nbs/data/04_sampling.ipynb #45ea7745
 class ProgressivelyBalanced(ClassProbability):
@@ -155,6 +155,7 @@ class ProgressivelyBalanced(ClassProbability):
         return super().epoch()
 
 # %% ../../nbs/data/04_sampling.ipynb #d0c610f0
+# name -> sampler, from labels and a seed
 SAMPLERS = {
     'instance': InstanceBalanced,
     'class_aware': ClassAwareSampler,

@@ -14,6 +14,7 @@ import numpy as np
 from .checks import UserError, one_of
 
 # %% ../../nbs/data/06_shift.ipynb #5fd4147d
+# of a test set: tailed as the train set, uniform, tailed the other way round
 COMPONENTS = ('forward', 'uniform', 'backward')
 RATIOS = (100., 50., 25., 10., 5., 2.)  # SADE's tables stop at 50
 

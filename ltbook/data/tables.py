@@ -16,6 +16,7 @@ COLUMNS = dict(
     path=('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'),
     label=('label', 'class', 'category', 'species', 'target', 'y'),
     part=('part', 'split', 'set', 'subset'))
+# how people call the parts -> how they are called here
 PARTS = dict(train='train', training='train', test='test', testing='test', val='val', validation='val', valid='val')
 
 def read_table(

@@ -37,7 +37,7 @@ def mixed_cross_entropy(
     y_mix: Tensor | None = None,  # (B,) labels of the partners; None for a batch that is not mixed
     lam: Tensor | float = 1.0,  # (), share of the image itself, in [0, 1]
 ) -> Tensor:  # scalar
-    "Cross-entropy on a batch that may have been mixed up."
+    "Cross-entropy on a batch that may have been mixed up (Zhang et al., ICLR 2018)."
     if y_mix is None: return F.cross_entropy(logits, y)
     return lam * F.cross_entropy(logits, y) + (1 - lam) * F.cross_entropy(logits, y_mix)
 
@@ -48,5 +48,5 @@ def balanced_softmax(
     counts: Tensor,  # (C,) train counts or any multiple of them, positive
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Cross-entropy after adding the log of the class counts to the logits."
+    "Cross-entropy after adding the log of the class counts to the logits (Ren et al., NeurIPS 2020)."
     return F.cross_entropy(logits + counts.to(logits).log(), y, reduction=reduction)

@@ -15,13 +15,16 @@ from .experts import reversed_prior
 def component_means(
     counts: np.ndarray,  # (C,) train counts, positive
 ) -> np.ndarray:  # (3, C) float64: forward, uniform, backward
-    "The centres of the three Dirichlet distributions."
+    "The centres of the three Dirichlet distributions (Yang et al., ICML 2024)."
     prior = torch.as_tensor(np.asarray(counts, dtype=np.float64)/np.sum(counts))
     return torch.stack([prior, torch.full_like(prior, 1/len(prior)), reversed_prior(prior)]).numpy()
 
 # %% ../../nbs/losses/25_dirichlet.ipynb #dff31436
 class DirichletPool:
-    "Pairs of component and label distribution, a batch at a time. Raises `UserError` for a pool smaller than a batch."
+    """Pairs of component and label distribution, a batch at a time (Yang et al., ICML 2024).
+
+    Raises `UserError` for a pool smaller than a batch.
+    """
     def __init__(
         self,
         means: np.ndarray,  # (K, C) centres, each sums to 1, all positive
@@ -71,7 +74,7 @@ def draw_losses(
     prior: Tensor,  # (C,) of the training set
     power: float = 1.3,  # p; 1.6 on ImageNet-LT
 ) -> Tensor:  # (M,) mean loss of the batch under every draw
-    "Logit-adjusted cross-entropies of all draws in one matrix product."
+    "Logit-adjusted cross-entropies of all draws in one matrix product (Yang et al., ICML 2024)."
     log_r = ((q/prior)**power + 1e-9).log().to(experts)
     top = experts.detach().amax(2, keepdim=True)
     log_z = top + ((experts - top).exp() @ (-log_r).exp().T).log()
@@ -80,6 +83,7 @@ def draw_losses(
     return by_expert.gather(0, component[None])[0] + log_r[:, y].mean(1)
 
 # %% ../../nbs/losses/25_dirichlet.ipynb #09be8d47
+# name -> what the semi-variance is divided by
 DIVISORS = {'above-1': lambda above, n: (above - 1).clamp(min=1),
             'above': lambda above, n: above.clamp(min=1),
             'all': lambda above, n: n}
@@ -88,7 +92,7 @@ def semi_variance(
     losses: Tensor,  # (M,)
     divisor: str = 'above-1',  # above-1 (published code) | above | all: what the sum is divided by
 ) -> Tensor:  # scalar
-    "How far the losses above the mean are above it, squared."
+    "How far the losses above the mean are above it, squared (Yang et al., ICML 2024)."
     excess = (losses - losses.mean()).relu()
     return excess.square().sum()/DIVISORS[one_of(divisor, DIVISORS, 'divisor')]((excess > 0).sum(), len(losses))
 
@@ -103,6 +107,6 @@ def dirmixe_loss(
     penalty: float = 0.0,  # lambda; 15 on CIFAR-10, 5 on CIFAR-100, 1 else, late in training
     divisor: str = 'above-1',  # of the semi-variance
 ) -> Tensor:  # scalar
-    "Mean over the draws and, late in training, the penalty on their upper semi-variance."
+    "Mean over the draws and, late in training, the penalty on their upper semi-variance (Yang et al., ICML 2024)."
     losses = draw_losses(experts, y, component, q, prior, power)
     return losses.mean() + penalty*semi_variance(losses, divisor) if penalty else losses.mean()

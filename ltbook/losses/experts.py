@@ -14,7 +14,10 @@ from ..data.checks import UserError
 def reversed_prior(
     prior: Tensor,  # (C,)
 ) -> Tensor:  # (C,) the same values, the largest where the smallest was
-    "The most frequent class becomes the rarest, and so on. Ties go by the order of the classes."
+    """The most frequent class becomes the rarest, and so on (Zhang et al., NeurIPS 2022).
+
+    Ties go by the order of the classes.
+    """
     order = prior.argsort(descending=True, stable=True)
     return torch.empty_like(prior).index_copy_(0, order, prior[order.flip(0)])
 
@@ -23,7 +26,7 @@ def sade_adjustment(
     counts: Tensor,  # (C,) train counts, positive
     tau: float = 2.0,  # strength of the reversed prior; 2 on CIFAR and ImageNet-LT, 1 on iNaturalist
 ) -> Tensor:  # (3, C) float64
-    "What SADE adds to the logits of its three experts during training."
+    "What SADE adds to the logits of its three experts during training (Zhang et al., NeurIPS 2022)."
     prior = torch.as_tensor(counts).double() / torch.as_tensor(counts).sum()
     log_prior, log_reversed = (prior + 1e-9).log(), (reversed_prior(prior) + 1e-9).log()
     return torch.stack([torch.zeros_like(prior), log_prior, log_prior - tau*log_reversed])
@@ -34,7 +37,10 @@ def skill_diverse_loss(
     y: Tensor,  # (B,) labels
     adjustment: Tensor,  # (K, C) of `sade_adjustment`
 ) -> Tensor:  # scalar
-    "Cross-entropy of every expert under its own adjustment, summed. Raises `UserError` unless experts match its rows."
+    """Cross-entropy of every expert under its own adjustment, summed (Zhang et al., NeurIPS 2022).
+
+    Raises `UserError` unless experts match its rows.
+    """
     if experts.shape[1] != len(adjustment):
         raise UserError(f'SADE needs one expert for each of its {len(adjustment)} label distributions, '
                         f'but the network has {experts.shape[1]}: use --set n_experts={len(adjustment)}.')
@@ -46,7 +52,7 @@ def ldam_margins(
     counts: Tensor,  # (C,) train counts
     largest: float = 0.5,  # margin of the rarest class
 ) -> Tensor:  # (C,) float64
-    "Margins in units of the cosine."
+    "Margins in units of the cosine (Cao et al., NeurIPS 2019)."
     m = torch.as_tensor(counts).double()**-0.25
     return largest * m/m.max()
 
@@ -55,7 +61,7 @@ def ride_temperature(
     counts: Tensor,  # (C,) train counts
     gamma: float = 0.05,  # how much it follows the counts; 0.05 on CIFAR, 0.02 on ImageNet-LT, 0.015 on iNaturalist
 ) -> Tensor:  # (C,) float64, at most 1
-    "RIDE's temperature of every class."
+    "RIDE's temperature of every class (Wang et al., ICLR 2021)."
     n = torch.as_tensor(counts).double()
     t = len(n)*n/n.sum()*gamma + 1 - gamma
     return t/t.max()
@@ -68,7 +74,7 @@ def ride_loss(
     weights: Tensor | None = None,  # (C,) of `class_balanced_weights`, late in training
     temperature: Tensor | None = None,  # (C,) of `ride_temperature`, late in training
 ) -> Tensor:  # scalar
-    "Margin cross-entropy and diversity, summed over the experts."
+    "Margin cross-entropy and diversity, summed over the experts (Wang et al., ICLR 2021)."
     own = y[:, None] == torch.arange(experts.shape[2], device=y.device)
     z = experts - own[:, None]*margins.to(experts)
     w = None if weights is None else weights.to(experts)

@@ -16,7 +16,7 @@ def tail_weights(
     counts,  # (C,) rows of every class, zeros allowed
     q: float = 2.0,  # 0 weighs all classes alike; 2 in the paper
 ) -> Tensor:  # (C,) float64, sums to 1; 0 for absent classes
-    "Weight of every class in the likelihood. Raises `UserError` if there are no rows at all."
+    "Weight of every class in the likelihood (Xu et al., ECCV 2022). Raises `UserError` if there are no rows at all."
     n = np.asarray(counts, dtype=np.float64)
     if not n.sum() > 0: raise UserError('Tail weights need at least one row.')
     w = np.where(n > 0, (n.max()/np.maximum(n, 1))**q, 0.0)
@@ -27,12 +27,12 @@ def likelihood_loss(
     joint: Tensor,  # (B, K) component densities of x+
     weight: Tensor,  # (B,) tail weight of each row
 ) -> Tensor:  # scalar
-    "Tail-weighted negative log-likelihood."
+    "Tail-weighted negative log-likelihood (Xu et al., ECCV 2022)."
     return -(weight.to(joint)*(joint.logsumexp(1) - math.log(joint.shape[1]))).mean()
 
 # %% ../../nbs/losses/27_flow_losses.ipynb #957da604
 class BalanceLoss:
-    "How unevenly clusters are used, over a running average. Call it once a step."
+    "How unevenly clusters are used, over a running average (Xu et al., ECCV 2022). Call it once a step."
     def __init__(
         self,
         momentum: float | None = 0.7,  # rho; None looks at the batch alone
@@ -64,7 +64,7 @@ def purity_loss(
     detach: bool = True,  # no gradient through x+ (published)
     margin: float | None = None,  # floor of p(k|x-), or None
 ) -> Tensor:  # scalar, negative; lower is purer
-    "How much two rows of different classes share their clusters, as minus a cross-entropy."
+    "How much two rows of different classes share their clusters, as minus a cross-entropy (Xu et al., ECCV 2022)."
     p = (joint_plus.detach() if detach else joint_plus).softmax(1)
     log_q = joint_minus.log_softmax(1)
     if margin is not None: log_q = log_q.clamp_min(math.log(margin))

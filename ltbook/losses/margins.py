@@ -20,7 +20,10 @@ def focal_loss(
     detach_factor: bool = False,  # True takes the factor as a constant weight
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Cross-entropy that fades for samples that are known. Raises `UserError` for a negative gamma."
+    """Cross-entropy that fades for samples that are known (Lin et al., ICCV 2017).
+
+    Raises `UserError` for a negative gamma.
+    """
     if not gamma >= 0: raise UserError(f'gamma of the focal loss is at least 0, got {gamma}.')
     log_q, y = F.log_softmax(logits, dim=1), y[:, None]
     factor = (gamma * log_q.scatter(1, y, -torch.inf).logsumexp(1)).exp()
@@ -36,7 +39,10 @@ def equalization_loss(
     generator: torch.Generator | None = None,  # on the CPU, for the draw
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Sigmoid cross-entropy whose negatives spare rare classes. Raises `UserError` for a bad drop or no generator."
+    """Sigmoid cross-entropy whose negatives spare rare classes (Tan et al., CVPR 2020).
+
+    Raises `UserError` for a bad drop or no generator.
+    """
     if not isinstance(drop, Tensor):        # a tensor is taken as it is, unread
         if not 0 <= drop <= 1: raise UserError(f'drop is True, False or a probability in [0, 1], got {drop}.')
         if 0 < drop < 1:
@@ -56,7 +62,7 @@ def logit_adjustment(
     tau: float = 1.0,  # strength; 1 is balanced softmax, 0 cross-entropy
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Cross-entropy after adding tau times the log of the class counts to the logits."
+    "Cross-entropy after adding tau times the log of the class counts to the logits (Menon et al., ICLR 2021)."
     return reduced(F.cross_entropy(logits + tau*counts.to(logits).log(), y, reduction='none'), reduction)
 
 # %% ../../nbs/losses/26_margins.ipynb #eab67035
@@ -65,7 +71,10 @@ def adjusted_logits(
     counts,  # (C,) train counts, positive
     tau: float = 1.0,  # strength; 0 changes nothing
 ) -> Tensor:  # (n, C)
-    "Logits after taking tau times the log of the class shares away. Raises `UserError` for a class without images."
+    """Logits after taking tau times the log of the class shares away (Menon et al., ICLR 2021).
+
+    Raises `UserError` for a class without images.
+    """
     p = torch.as_tensor(counts, device=logits.device).double()
     if not p.min() > 0:
         raise UserError('Logits are adjusted by the log of the counts, which must be positive: '
@@ -82,7 +91,10 @@ def ldam_loss(
     weight: Tensor | None = None,  # (C,) class weights, or None
     reduction: str = 'mean',  # 'mean' or 'none'
 ) -> Tensor:  # scalar, or (B,) with reduction='none'
-    "Cross-entropy of scaled cosines, margins larger for rare classes. Raises `UserError` for negative margin or scale."
+    """Cross-entropy of scaled cosines, margins larger for rare classes (Cao et al., NeurIPS 2019).
+
+    Raises `UserError` for negative margin or scale.
+    """
     if not (max_margin >= 0 and scale > 0):
         raise UserError(f'LDAM needs max_margin >= 0 and scale > 0: got {max_margin} and {scale}.')
     margin = ldam_margins(counts, max_margin).to(logits)[y][:, None]

@@ -41,6 +41,7 @@ def _logit_adjustment(counts, o):
 def _ldam(counts, o):      # the cosine head has the scale inside
     return lambda z, y, reduction='mean': ldam_loss(z/30, y, counts, o.ldam_margin, scale=30, reduction=reduction)
 
+# name -> loss of single samples, from logits, labels and `LossOptions`
 LOSSES = dict(
     cross_entropy=_cross_entropy,
     balanced_softmax=_balanced_softmax,

@@ -32,7 +32,10 @@ def class_balanced_weights(
     counts,  # (C,) train counts, array or tensor, positive: counts, not frequencies
     beta: float = 0.9999,  # in [0, 1): 0 weighs all classes alike, towards 1 the inverse frequency
 ) -> Tensor:  # (C,) float64, sum C
-    "Weights by the effective number of samples. Raises `UserError` for counts not positive or a beta outside [0, 1)."
+    """Weights by the effective number of samples (Cui et al., CVPR 2019).
+
+    Raises `UserError` for counts not positive or a beta outside [0, 1).
+    """
     n = _positive(counts)
     if not 0 <= beta < 1:
         raise UserError(f'beta lies in [0, 1), got {beta}; for the limit 1 use inverse_frequency_weights.')
@@ -49,7 +52,10 @@ def _accuracies(accuracies) -> Tensor:
 def dynamic_tau(
     accuracies,  # (C,) fractions in [0, 1] on balanced held-out images
 ) -> float:  # in (0.53, 2]
-    "Exponent for `cdb_weights` from the spread of the accuracies. Raises `UserError` for accuracies outside [0, 1]."
+    """Exponent for `cdb_weights` from the spread of the accuracies (Sinha et al., ACCV 2020).
+
+    Raises `UserError` for accuracies outside [0, 1].
+    """
     a = _accuracies(accuracies)
     bias = (a.max()/(a.min() + 0.01) - 1).item()
     return 2/(1 + math.exp(-bias))
@@ -59,7 +65,10 @@ def cdb_weights(
     accuracies,  # (C,) fractions in [0, 1] on balanced held-out images
     tau: float | str = 1.0,  # contrast, positive; 'dynamic' takes `dynamic_tau`. The paper tries 0.5, 1, 1.5, 2 and 5
 ) -> Tensor:  # (C,) float64, sum C; ones if all accuracies are equal
-    "Weights by difficulty. Raises `UserError` for accuracies outside [0, 1] or a tau that is not positive."
+    """Weights by difficulty (Sinha et al., ACCV 2020).
+
+    Raises `UserError` for accuracies outside [0, 1] or a tau that is not positive.
+    """
     difficulty = 1 - _accuracies(accuracies)
     if isinstance(tau, str): tau = dynamic_tau(accuracies) if one_of(tau, ['dynamic'], 'tau') else None
     if not 0 < tau < math.inf: raise UserError(f"tau is a positive number or 'dynamic', got {tau}.")
@@ -72,6 +81,6 @@ def deferred(
     epoch: int,  # the present one, from 0
     start: int,  # first epoch with weights
 ) -> Tensor:  # (C,) ones before the start epoch, `weights` from then on
-    "Weights that wait."
+    "Weights that wait (Cao et al., NeurIPS 2019)."
     weights = torch.as_tensor(weights)
     return weights if epoch >= start else torch.ones_like(weights)

@@ -12,6 +12,7 @@ from ..data.checks import UserError, one_of
 from .cross_entropy import reduced
 
 # %% ../../nbs/losses/22_smoothing.ipynb #63e3f061
+# name -> share of the way from the strength of the smallest class to that of the largest, at t in [0, 1]
 SHAPES = {
     'concave': lambda t, p: np.sin(np.pi*t/2),
     'linear': lambda t, p: t,
@@ -26,7 +27,10 @@ def smoothing_strength(
     shape: str = 'concave',  # concave | linear | convex | power
     power: float = 1.0,  # exponent of the shape `power`
 ) -> Tensor:  # (C,) float64
-    "Smoothing strength of every class; `head` where all counts are equal. `UserError` for a bad shape or strength."
+    """Smoothing strength of every class; `head` where all counts are equal (Zhong et al., CVPR 2021).
+
+    `UserError` for a bad shape or strength.
+    """
     n = np.asarray(counts, dtype=np.float64)
     curve = SHAPES[one_of(shape, SHAPES, 'smoothing shape')]
     if not (0 <= tail < 1 and 0 <= head < 1):

@@ -59,7 +59,7 @@ def shot_accuracy(
     per_class: np.ndarray,  # (C,) accuracies, nan where unknown
     groups: Mapping[str, np.ndarray],  # name of a group -> its class ids
 ) -> dict[str, float | None]:  # name -> mean accuracy 0..1, None for a group without a known class
-    "Mean accuracy over the classes of each group that have test images."
+    "Mean accuracy over the classes of each group that have test images (Liu et al., CVPR 2019)."
     per_class = np.asarray(per_class, dtype=np.float64)
     known = {name: per_class[np.asarray(ids, dtype=np.int64)] for name, ids in groups.items()}
     known = {name: a[~np.isnan(a)] for name, a in known.items()}

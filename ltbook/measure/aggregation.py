@@ -17,7 +17,7 @@ def mix(
     experts: Tensor,  # (n, K, C) logits
     weights: Tensor,  # (K,)
 ) -> Tensor:  # (n, C)
-    "Weighted sum of the experts' logits."
+    "Weighted sum of the experts' logits (Zhang et al., NeurIPS 2022)."
     return torch.einsum('nkc,k->nc', experts, torch.as_tensor(weights, device=experts.device).to(experts.dtype))
 
 def agreement(
@@ -26,7 +26,7 @@ def agreement(
     weights: Tensor,  # (K,)
     entropy: float = 0.0,  # weight of the entropy; 0.01 on iNaturalist
 ) -> Tensor:  # scalar, at most 1 without entropy
-    "How much the mixtures on two views of the same images agree. No labels."
+    "How much the mixtures on two views of the same images agree (Zhang et al., NeurIPS 2022). No labels."
     p, q = (mix(v, weights).softmax(1) for v in (first, second))
     s = F.cosine_similarity(p, q, dim=1, eps=1e-6).mean()
     return s if not entropy else s - entropy*sum((v*v.clamp_min(1e-12).log()).mean() for v in (p, q))
@@ -43,7 +43,7 @@ def too_small(
     weights: Tensor,  # (K,)
     smallest: float = 0.05,  # weight that is allowed
 ) -> bool:
-    "Whether a weight, rounded to two decimals, is below the smallest one allowed."
+    "Whether a weight, rounded to two decimals, is below the smallest one allowed (Zhang et al., NeurIPS 2022)."
     return bool((np.round(np.asarray(weights, dtype=np.float64), 2) < smallest).any())
 
 # %% ../../nbs/measure/36_aggregation.ipynb #136ef9df
@@ -57,7 +57,10 @@ def learn_weights(
     entropy: float = 0.0,  # 0.01 on iNaturalist
     smallest: float = 0.05,  # stop below it
 ) -> Mixture:
-    "Weights that make two views of unlabelled images agree most. Raises `UserError` without images or with one expert."
+    """Weights that make two views of unlabelled images agree most (Zhang et al., NeurIPS 2022).
+
+    Raises `UserError` without images or with one expert.
+    """
     if not len(views) or not len(views[0][0]):
         raise UserError('There is nothing to learn weights from: give the logits of two views of at least one image.')
     K = views[0][0].shape[1]

@@ -68,7 +68,8 @@ def calibration_bins(
     correct: Tensor | np.ndarray,  # (n,) right (1) or wrong (0)
     n_bins: int = 15,  # M
 ) -> pd.DataFrame:  # M rows: lower, upper, count, accuracy, confidence, gap
-    "Count, accuracy, mean confidence and their gap in each right-closed bin of equal width."
+    """Count, accuracy, mean confidence and their gap in each right-closed bin of equal width (Naeini et al., AAAI
+    2015; Guo et al., ICML 2017)."""
     confidence, correct = _pair(confidence, correct)
     _some_bins(n_bins)
     edges = np.arange(n_bins + 1) / n_bins
@@ -86,7 +87,8 @@ def calibration_error(
     n_bins: int = 15,  # M
     norm: str = 'l1',  # 'l1' for the ECE, 'max' for the MCE
 ) -> float:  # the error 0..1; nan if no sample is in a bin
-    "Mean (`l1`, weighted by count) or largest (`max`) gap between accuracy and confidence over bins of equal width."
+    """Mean (`l1`, weighted by count) or largest (`max`) gap between accuracy and confidence over bins of equal width
+    (Naeini et al., AAAI 2015; Guo et al., ICML 2017)."""
     one_of(norm, ('l1', 'max'), 'norm')
     bins = calibration_bins(confidence, correct, n_bins).query('count > 0')
     return float(np.average(bins.gap, weights=bins['count']) if norm == 'l1' and len(bins) else bins.gap.max())
@@ -97,7 +99,8 @@ def adaptive_calibration_error(
     correct: Tensor | np.ndarray,  # (n,) right (1) or wrong (0)
     n_bins: int = 15,  # M; min(M, n) bins are made
 ) -> float:  # the error 0..1
-    "Mean gap between accuracy and confidence over bins that hold equally many samples."
+    """Mean gap between accuracy and confidence over bins that hold equally many samples (Nguyen and O'Connor, EMNLP
+    2015; Nixon et al. 2019)."""
     confidence, correct = _pair(confidence, correct)
     _some_bins(n_bins)
     value, tie, size = np.unique(confidence, return_inverse=True, return_counts=True)
@@ -113,7 +116,10 @@ def classwise_calibration_error(
     n_bins: int = 15,  # M
     logits: bool = False,  # the first argument holds logits: softmax block by block, never a second matrix of that size
 ) -> float:  # the error 0..1
-    "Class mean of the calibration error of each class's own probability. Raises `UserError` for values outside 0..1."
+    """Class mean of the calibration error of each class's own probability (Kull et al., NeurIPS 2019).
+
+    Raises `UserError` for values outside 0..1.
+    """
     probabilities, labels = as_predictions(probabilities, labels)
     _some_bins(n_bins)
     n, C = probabilities.shape
@@ -145,7 +151,7 @@ def brier_score(
     logits: Tensor,  # (n, C)
     labels: Tensor,  # (n,) true classes
 ) -> float:  # 0 (sure and right) .. 2 (sure and wrong)
-    "Mean over the samples of the squared distance between the probabilities and the one-hot label."
+    "Mean over the samples of the squared distance between the probabilities and the one-hot label (Brier 1950)."
     logits, labels = as_predictions(logits, labels)
     off = (_softmax(logits[rows]) - F.one_hot(labels[rows], logits.shape[1]) for rows in _blocks(logits))
     return sum(d.double().square().sum().item() for d in off) / len(labels)

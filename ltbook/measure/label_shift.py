@@ -18,7 +18,10 @@ def replace_prior(
     source: Tensor,  # (C,) label distribution or counts that the classifier was trained for, positive
     target: Tensor,  # (C,) label distribution or counts of the test set; a class with zero is never predicted
 ) -> Tensor:  # (n, C) logits under the other prior
-    "Logits of the same classifier for another label distribution. Raises `UserError` if a source class is empty."
+    """Logits of the same classifier for another label distribution (Saerens et al. 2002).
+
+    Raises `UserError` if a source class is empty.
+    """
     source, target = (torch.as_tensor(v, device=logits.device).to(logits.dtype) for v in (source, target))
     if source.min() <= 0:
         raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
@@ -31,7 +34,10 @@ def estimate_prior(
     steps: int = 200,  # at most
     tolerance: float = 1e-6,  # stop when no class moves by more
 ) -> Tensor:  # (C,) float64, sums to 1
-    "The EM estimate of the test set's label distribution. Raises `UserError` for a class the source lacks."
+    """The EM estimate of the test set's label distribution (Saerens et al. 2002).
+
+    Raises `UserError` for a class the source lacks.
+    """
     source = torch.as_tensor(source, device=logits.device).double()
     p, source = logits.double().softmax(1), source/source.sum()
     if source.min() <= 0:
@@ -51,7 +57,10 @@ def estimate_prior_by_confusion(
     labels: Tensor,  # (m,) their classes
     strength: float = 0.01,  # lambda: how much the estimate is drawn towards the uniform distribution
 ) -> Tensor:  # (C,) float64, sums to 1
-    "The label distribution of the test set from a confusion matrix. Raises `UserError` where labels don't fit."
+    """The label distribution of the test set from a confusion matrix (Lipton et al., ICML 2018).
+
+    Raises `UserError` where labels don't fit.
+    """
     held, labels = as_predictions(held, labels)
     p, mu = held.double().softmax(1).cpu(), logits.double().softmax(1).mean(0).cpu()
     K = p.shape[1]

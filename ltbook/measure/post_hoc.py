@@ -19,6 +19,7 @@ from .calibration import confidences
 from .report import measures
 
 # %% ../../nbs/measure/37_post_hoc.ipynb #f6a3243e
+# of scaling: one scale, a scale and a shift a class, a scale a shot group
 KINDS = ('temperature', 'vector', 'group')
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ def fit_scaling(
     shot_rule: str = '100/20',  # that makes the groups
     decay: float = 1e-3,  # of the logarithms of the scales and of the shifts, so that few images don't decide much
 ) -> Scaling:
-    "Maximum likelihood by L-BFGS. Raises `UserError` for an unknown kind, or groups without counts."
+    """Maximum likelihood by L-BFGS (Guo et al., ICML 2017).
+
+    Raises `UserError` for an unknown kind, or groups without counts.
+    """
     z, y = as_predictions(logits, labels)
     z, C = z.double(), z.shape[1]
     w = torch.ones(len(y), dtype=torch.float64) if weights is None else weights.double()
@@ -95,7 +99,7 @@ def smooth_residual(
     sigma: float,  # width of the kernel, > 0
     points: int = 201,  # of the grid on [0, 1]
 ) -> Tensor:  # (points,) float64, over the grid
-    "The kernel mean of right minus confidence, on a grid."
+    "The kernel mean of right minus confidence, on a grid (Blasiok and Nakkiran, ICLR 2024)."
     p = torch.as_tensor(confidence).double()
     r = torch.as_tensor(correct).double() - p
     # sum the residuals on a fine grid first: two points share one, by their distance
@@ -112,7 +116,10 @@ def smooth_calibration_error(
     confidence: Tensor,  # (n,) 0..1
     correct: Tensor,  # (n,) right (1) or wrong (0)
 ) -> float:  # 0..1
-    "Smooth ECE: the width at which the smoothed error equals the width. Raises `UserError` without samples."
+    """Smooth ECE: the width at which the smoothed error equals the width (Blasiok and Nakkiran, ICLR 2024).
+
+    Raises `UserError` without samples.
+    """
     if not len(confidence): raise UserError('There are no confidences to judge.')
     def error(sigma): return float(torch.trapezoid(smooth_residual(confidence, correct, sigma).abs(), dx=1/200))
     low, high = 1e-3, 1.
@@ -123,6 +130,7 @@ def smooth_calibration_error(
     return (low + high)/2
 
 # %% ../../nbs/measure/37_post_hoc.ipynb #6016a83b
+# measures of what was calibrated
 SAID = (
     'top1', 'many', 'medium', 'few', 'ece15', 'ece15_many', 'ece15_medium', 'ece15_few', 'nll', 'brier', 'smooth_ece')
 

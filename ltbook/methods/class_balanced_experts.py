@@ -30,7 +30,7 @@ from ..train.schedule import cosine_schedule, step_schedule
 from ..train.stage import KeepBest, Stage
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #7772b92e
-Rate = Literal['thirds', 'tens', 'cosine']
+Rate = Literal['thirds', 'tens', 'cosine']      # how the learning rate falls
 
 class ExpertSettings(Settings):
     "What Class-Balanced Experts add to a recipe."
@@ -121,6 +121,7 @@ def expert_mode(
         if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad: m.eval()
 
 # %% ../../nbs/methods/58_class_balanced_experts.ipynb #60dade99
+# name -> rate, from epoch, number of epochs and first rate
 SCHEDULES = dict(thirds=lambda e, n, lr: step_schedule(e, n, lr, warmup=0, drops=(1/3, 2/3)),
                  tens=lambda e, n, lr: lr*0.1**(e//10), cosine=cosine_schedule)
 
@@ -140,9 +141,8 @@ def keep_best(
     patience: int | None,  # epochs without a better one; None never stops
 ) -> Stage:  # the same
     "Keep the epoch with the best accuracy on `part`, and stop after `patience` epochs without a better one."
-    view = PlainView(part, context.recipe.side)
-    def accuracy(): return (
-        predict(stage.network, view, len(part))['logits'].argmax(1) == part.labels.cpu()).double().mean().item()
+    view, y = PlainView(part, context.recipe.side), part.labels.cpu()
+    def accuracy(): return (predict(stage.network, view, len(part))['logits'].argmax(1) == y).double().mean().item()
     best = KeepBest(stage.network, accuracy, patience)
     stage.state, stage.after_epoch, stage.stop, stage.at_end = dict(best=best), best.look, best.stop, best.put_back
     stage.selection = 'best_on_val'
@@ -268,6 +268,7 @@ def calibrated(
     name, s = 'extended' if extended else 'calibrated', context.settings
     if s.extended or not extended: return fusion_stage(context, name, epochs=s.calibration_epochs, full=extended)
 
+# name -> stage, from its `Context`
 STAGES = dict(generalist=generalist, expert1=lambda c: expert(c, 1), expert2=lambda c: expert(c, 2),
               expert3=lambda c: expert(c, 3), fused_raw=lambda c: fusion_stage(c, 'fused_raw', shift=False),
               fused=lambda c: fusion_stage(c, 'fused'), calibrated=calibrated, extended=lambda c: calibrated(c, True))
@@ -279,8 +280,7 @@ _large = dict(
     PHOTOGRAPHS, jitter=0.4, protocol='V', batch_size=256, lr=0.1, expert_lr=0.1, expert_batches=(256, 256, 256),
     weight_decay=5e-4, epochs=100, schedule='cosine', generalist_patience=15, ratios=(16, 16, 16), learnable=(-1, 3, 1),
     expert_epochs=(100, 100, 60), expert_schedules=('tens', 'tens', 'cosine'), calibration_batch=256)
-
-RECIPES = (
+RECIPES = (      # published settings, and shorter ones
     Published('imagenet_lt', None, dict(_large, backbone='resnet10'), _code),
     Published('places_lt', None, dict(
         _large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),

@@ -208,6 +208,7 @@ def _large(name, epochs, lr, schedule, width, weight_decay, backbone, **more) ->
              **PHOTOGRAPHS, **more),
         f'{SOURCE}, as far as a recipe can say it')
 
+# published settings, and shorter ones
 RECIPES = (
     *(replace(p, changes=p.changes | dict(network_lr=1e-3)) if p.dataset == 'digits' else p
       for p in cifar_rows()),

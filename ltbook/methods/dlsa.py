@@ -146,6 +146,7 @@ def flow_stage(
         outputs=lambda: _flow_outputs(network, dict(train=train, test=test)))
 
 # %% ../../nbs/methods/59_dlsa.ipynb #6d4f105d
+# classifiers beside the routed one, each without a part of it
 CONTROLS = ('plain', 'regular', 'random', 'no_prior')
 
 def routed(
@@ -210,6 +211,7 @@ def bank_stage(
     return stage
 
 # %% ../../nbs/methods/59_dlsa.ipynb #934a3341
+# of all released configurations
 COMMON = dict(
     n_clusters=500, tail_power=2.0, contrast_margin=None, cap_rows=5000,
     leave_one_out=False, selection='best_on_test', flow_lr=0.2, head_epochs=150)
@@ -222,6 +224,7 @@ _SOURCES = dict(CE=dict(head_lr=1e-2), CBS=dict(head_lr=1e-2), PaCo=dict(head_lr
 _HEADS = dict(
     bsm={}, m2m={}, ride={}, cbs=dict(head_loss='plain', head_sampler='class_aware'),
     cos=dict(head_type='cosine', head_loss='plain'))
+# options of the released code that do not do what they say -> what they do there and here
 BROKEN = dict(
     cbs='released: fails with an index error as soon as a level lacks a class; '
         'here the cycle runs over the classes that are there',
@@ -246,7 +249,7 @@ def _config(dataset, source, head, depth):
         dataset, None, changes,
         f'DLSA, authors\' configuration {name} (ECCV 2022)' + (f'; {BROKEN[head]}' if head in BROKEN else ''))
 
-CONFIGS = dict(_config(*row) for row in _ROWS)
+CONFIGS = dict(_config(*row) for row in _ROWS)      # name of a released configuration file -> its values
 
 # %% ../../nbs/methods/59_dlsa.ipynb #60373627
 def published_config(
@@ -259,6 +262,7 @@ def published_config(
     return row
 
 # %% ../../nbs/methods/59_dlsa.ipynb #dda08326
+# published settings, and shorter ones
 RECIPES = (
     Published('cifar100', None, {}, 'ltbook: sized for 64-dimensional features; the paper has no CIFAR'),
     Published(

@@ -6,11 +6,13 @@
 __all__ = ['FAST', 'WITHOUT', 'fast_rows']
 
 # %% ../../nbs/methods/593_fast.ipynb #a340849e
+# fields of the profile, whatever the method
 FAST = dict(
     epochs=80, schedule='one_cycle', nesterov=True, batch_size=64,
     weight_decay=1e-3, first_side=16, precision='bf16')
 
 # %% ../../nbs/methods/593_fast.ipynb #79865486
+# one ingredient less each
 WITHOUT = {
     'without one-cycle': dict(schedule='step'),
     'without Nesterov': dict(nesterov=False),

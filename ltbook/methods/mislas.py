@@ -80,6 +80,7 @@ def _large(name, epochs, weight_decay, head, tail, backbone):
              smooth_head=head, smooth_tail=tail, head_lr_factor=0.05),
         'MiSLAS, authors\' configuration files (CVPR 2021)')
 
+# published settings, and shorter ones
 RECIPES = (
     _cifar('cifar10', 100, 0.3, 0.0, 0.5, False),
     _cifar('cifar10', 50, 0.2, 0.0, 0.2, False),

@@ -33,9 +33,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True, allow_inf_nan=False)
 
 # %% ../../nbs/methods/501_recipe.ipynb #6b06cc7f
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Length = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]      # >= 0
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]      # > 0
+Length = Annotated[int, Field(ge=1)]      # from 1 on
 
 # %% ../../nbs/methods/501_recipe.ipynb #f983a1a6
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def _fact(
 ):
     return Field(default, json_schema_extra=dict(stage1=stage1, hashed=hashed, since=since, was=list(was)))
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Whole = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]      # in [0, 1]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]      # of 32 bits
+Whole = Annotated[int, Field(ge=0)]      # from 0 on
 _META = ('reweighting', 'difficulty_net')
 _EXPERTS = ('sade', 'ride', 'dirmixe')
 _MIXUP = ('mislas', 'cross_entropy', 'mixup', 'crt', 'lws', 'tau_norm', 'dlsa')
@@ -175,8 +175,9 @@ class Recipe(BaseModel):
         return html_table(f'{self.method} on {self.dataset}', ('', ''), rows)
 
 FACTS = {k: f.json_schema_extra for k, f in Recipe.model_fields.items()}  # name -> stage1, hashed, since, was
-STAGE1_FIELDS = tuple(k for k, f in FACTS.items() if f['stage1'])
-UNHASHED = tuple(k for k, f in FACTS.items() if not f['hashed'])
+STAGE1_FIELDS = tuple(k for k, f in FACTS.items() if f['stage1'])      # part of the identity of a first stage
+UNHASHED = tuple(k for k, f in FACTS.items() if not f['hashed'])      # not part of a run's identity
+# what a loss by name reads
 LOSS_FIELDS = ('loss', 'focal_gamma', 'equalization_threshold', 'equalization_drop', 'adjustment_tau', 'ldam_margin')
 
 # %% ../../nbs/methods/501_recipe.ipynb #dfcfface
@@ -228,6 +229,7 @@ def published_row(
 
 # %% ../../nbs/methods/501_recipe.ipynb #2ca22e21
 WORDS = ('method', 'dataset', 'imbalance', 'profile', 'source')  # given apart, never as a change
+# name -> fields it sets for every method
 PROFILES = {'paper': {}, 'short': dict(epochs=40), 'fast': FAST, 'smoke': dict(epochs=2, max_steps=2)}
 
 def recipe(
@@ -257,9 +259,7 @@ def recipe(
         raise UserError(f'{method} has no profile fast; {have} have. '
                         'Use short, or the changes of fast one by one with --set.')
     row = published_row(m, dataset, imbalance)
-    of_profile = (
-        PROFILES.get(profile, {})
-        | dict(short=m.short, fast=m.fast or {}, smoke=m.smoke).get(profile, {}))
+    of_profile = PROFILES.get(profile, {}) | dict(short=m.short, fast=m.fast or {}, smoke=m.smoke).get(profile, {})
     values = m.defaults | row.changes | of_profile | changes
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)
     unknown = [k for k in values if k not in fields | own]

@@ -215,13 +215,14 @@ def stage1(
     return weighted_stage(context, ClassWeigher(context, weight_rule(context)), *recipe_loss(context))
 
 # %% ../../nbs/methods/591_reweighting.ipynb #e999ddb0
-SOURCE = "Difficulty-Net, authors' code (WACV 2023)"
+SOURCE = "Difficulty-Net, authors' code (WACV 2023)"      # of most values on this page
+# settings on digits, where they are others
 DIGITS = dict(
     epochs=100, lr=0.1, schedule='half_start', weight_decay=1e-4, n_meta=10,
     auto_augment=False, cutout_side=0, pad_mode='constant',
     smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10, stage2_length='train')
-SHORT = dict(stage2_epochs=10, stage2_length='train')
-SMOKE = dict(stage2_epochs=1, stage2_length='train')
+SHORT = dict(stage2_epochs=10, stage2_length='train')      # profile `short`: what differs
+SMOKE = dict(stage2_epochs=1, stage2_length='train')      # profile `smoke`: what differs
 QUICK = SHORT | dict(lr=0.1)  # of the profile `fast`
 # imbalance -> epsilon of head and tail
 SMOOTHING = {200: (0.4, 0.0), 100: (0.4, 0.1), 50: (0.3, 0.0), 20: (0.2, 0.0), 10: (0.2, 0.0)}
@@ -241,6 +242,7 @@ def cifar_rows(
 
 # of the recipe, in this protocol
 DEFAULTS = dict(auto_augment=True, cutout_side=16, pad_mode='reflect+constant')
+# fields that stage 2 alone reads
 STAGE2 = {'smoothing', 'smooth_head', 'smooth_tail', 'stage2_epochs', 'stage2_lr', 'stage2_length'}
 
 def stage1_settings(

@@ -33,7 +33,7 @@ class NormedCosine(nn.Module):
         return self.scale*F.linear(x/(1 + x.norm(dim=1, keepdim=True)), F.normalize(self.weight, dim=1))
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #932b573d
-MAPS = {'linear': nn.Linear, 'cosine': NormedCosine}
+MAPS = {'linear': nn.Linear, 'cosine': NormedCosine}      # name -> map of a feature to class scores
 
 class LevelHead(nn.Module):
     "A map of the feature plus a map of whatever else is known."

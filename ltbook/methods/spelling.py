@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 # %% ../../nbs/methods/502_spelling.ipynb #6c0ac69c
-TRUTHS = dict(true=True, yes=True, on=True, false=False, no=False, off=False)
+TRUTHS = dict(true=True, yes=True, on=True, false=False, no=False, off=False)      # how people write yes and no
 
 def _kinds(annotation: Any) -> set[type]:
     "The plain types that an annotation allows."

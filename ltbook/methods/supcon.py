@@ -73,6 +73,7 @@ def stage1(
     stage.predict = None      # nothing is classified yet
     return stage
 
+# fields of augmentation that this method sets itself
 OWN_VIEWS = (
     'crop', 'side', 'pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha', 'first_side',
     'rand_augment', 'rand_magnitude')

@@ -12,7 +12,7 @@ from ..data.checks import UserError, one_of
 
 # %% ../../nbs/models/18_difficulty_net.ipynb #6cc61e28
 class DifficultyNet(nn.Module):
-    "Accuracies (C,) in [0, 1] to difficulties (C,) in (0, 1)."
+    "Accuracies (C,) in [0, 1] to difficulties (C,) in (0, 1) (Sinha and Ohashi, WACV 2023)."
     def __init__(
         self,
         n_classes: int,  # C
@@ -34,10 +34,11 @@ class DifficultyNet(nn.Module):
 def difficulty_weights(
     difficulty: Tensor,  # (C,) in (0, 1)
 ) -> Tensor:  # (C,), mean 1
-    "Class weights in proportion to the difficulties."
+    "Class weights in proportion to the difficulties (Sinha and Ohashi, WACV 2023)."
     return len(difficulty)*difficulty/difficulty.sum()
 
 # %% ../../nbs/models/18_difficulty_net.ipynb #c5b7c23d
+# name -> difficulties wanted, from accuracies (C,) in [0, 1]
 TARGETS = {'relative': lambda a: 1 - a/(a.sum() + 1e-12), 'absolute': lambda a: 1 - a}
 
 def difficulty_target(
@@ -45,7 +46,10 @@ def difficulty_target(
     target: str = 'relative',  # relative | absolute
     check: bool = True,  # False doesn't look at the values, so that the step can be recorded
 ) -> Tensor:  # (C,)
-    "What the driver wants the difficulties to be. Raises `UserError` for accuracies outside [0, 1]."
+    """What the driver wants the difficulties to be (Sinha and Ohashi, WACV 2023).
+
+    Raises `UserError` for accuracies outside [0, 1].
+    """
     if check and not ((accuracies >= 0) & (accuracies <= 1)).all():
         raise UserError(f'Accuracies lie in [0, 1], got {accuracies.min().item():g} to {accuracies.max().item():g}: '
                         'give fractions, not percent.')
@@ -58,7 +62,10 @@ def driver_loss(
     target: str = 'relative',  # see `difficulty_target`
     check: bool = True,  # likewise
 ) -> Tensor:  # scalar
-    "Mean squared distance to the target. Raises `UserError` for accuracies outside [0, 1]."
+    """Mean squared distance to the target (Sinha and Ohashi, WACV 2023).
+
+    Raises `UserError` for accuracies outside [0, 1].
+    """
     return (difficulty - difficulty_target(accuracies, target, check)).square().mean()
 
 # %% ../../nbs/models/18_difficulty_net.ipynb #982e1839

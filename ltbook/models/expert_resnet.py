@@ -38,7 +38,10 @@ class ExpertNetwork(nn.Module):
 
 # %% ../../nbs/models/13_expert_resnet.ipynb #68af06a1
 class ExpertResNet32(ExpertNetwork):
-    "ResNet-32 whose second and third group exist once for every expert. Raises `UserError` for less than one expert."
+    """ResNet-32 whose second and third group exist once for every expert (Wang et al., ICLR 2021).
+
+    Raises `UserError` for less than one expert.
+    """
     def __init__(
         self,
         n_classes: int,  # C

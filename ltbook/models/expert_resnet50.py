@@ -14,7 +14,8 @@ from .resnet import RESNETS
 
 # %% ../../nbs/models/19_expert_resnet50.ipynb #a338ec13
 class ExpertResNet(ExpertNetwork):
-    "A residual network with stages three and four once for every expert. Raises `UserError` for less than one expert."
+    """A residual network with stages three and four once for every expert
+    (Wang et al., ICLR 2021; Zhang et al., NeurIPS 2022). Raises `UserError` for less than one expert."""
     def __init__(
         self,
         n_classes: int,  # C

@@ -16,13 +16,13 @@ def dependence(
     n_features: int,  # D
     reverse: bool = False,  # from the last variable to the first
 ) -> Tensor:  # (D, D) bool; [i, j]: output i may depend on input j
-    "Strict triangular pattern of an autoregressive order."
+    "Strict triangular pattern of an autoregressive order (Germain et al., ICML 2015)."
     full = torch.ones(n_features, n_features, dtype=torch.bool)
     return full.triu(1) if reverse else full.tril(-1)
 
 # %% ../../nbs/models/15_flow.ipynb #a62ea39a
 class Made(nn.Module):
-    "One masked autoregressive step. Raises `UserError` for fewer than two features."
+    "One masked autoregressive step (Germain et al., ICML 2015). Raises `UserError` for fewer than two features."
     def __init__(
         self,
         n_features: int,  # D >= 2
@@ -56,7 +56,10 @@ class Made(nn.Module):
 
 # %% ../../nbs/models/15_flow.ipynb #d6051891
 class FlowBatchNorm(nn.Module):
-    "Invertible normalisation of every variable. Raises `UserError` for a training batch of one row."
+    """Invertible normalisation of every variable (Dinh et al., ICLR 2017).
+
+    Raises `UserError` for a training batch of one row.
+    """
     def __init__(
         self,
         n_features: int,  # D
@@ -85,7 +88,7 @@ class FlowBatchNorm(nn.Module):
 
 # %% ../../nbs/models/15_flow.ipynb #6b36e14c
 class MaskedFlow(nn.Module):
-    "A stack of masked autoregressive steps and flow BatchNorms."
+    "A stack of masked autoregressive steps and flow BatchNorms (Papamakarios et al., NeurIPS 2017)."
     def __init__(
         self,
         n_features: int,  # D

@@ -42,13 +42,13 @@ def draw_centers(
     length: float = 2.263,  # typical length of a centre, s * sqrt(D); DLSA: 0.05 * sqrt(2048)
     seed: int = 0,  # of the draw
 ) -> Tensor:  # (K, D)
-    "Random centres of the mixture."
+    "Random centres of the mixture (Xu et al., ECCV 2022)."
     return torch.randn(n_clusters, n_features,
                        generator=torch.Generator().manual_seed(seed))*length/math.sqrt(n_features)
 
 # %% ../../nbs/models/16_flow_filter.ipynb #724d0e77
 class FlowFilter(nn.Module):
-    "Flow and fixed mixture; called on features it returns the component densities (B, K)."
+    "Flow and fixed mixture; called on features it returns the component densities (B, K) (Xu et al., ECCV 2022)."
     def __init__(
         self,
         n_features: int,  # D

@@ -59,7 +59,7 @@ def check_logits(
 def reject_shift(
     ratio: float,  # r, own over foreign training images, >= 1
 ) -> float:  # added to the reject logit; 0 for r = 1
-    "From the training prior of the reject class to one half."
+    "From the training prior of the reject class to one half (Sharma et al., GCPR 2020)."
     return math.log((1 + ratio)/2)
 
 # %% ../../nbs/models/14_fusion.ipynb #d9267c6a
@@ -67,14 +67,17 @@ def fuse(
     logits: Sequence[Tensor],  # of each expert (B, K_e + 1), reject last
     classes: Sequence[np.ndarray],  # ids of each expert's classes (K_e,), in the order of its logits
 ) -> Tensor:  # log P (B, C)
-    "Partial posteriors to one log distribution over all classes."
+    "Partial posteriors to one log distribution over all classes (Sharma et al., GCPR 2020)."
     log_p = torch.cat([(u - u.logsumexp(1, keepdim=True))[:, :-1] for u in logits], 1)
     ids = torch.as_tensor(np.concatenate([np.asarray(c) for c in classes]), device=log_p.device)
     return log_p[:, ids.argsort()].log_softmax(1)
 
 # %% ../../nbs/models/14_fusion.ipynb #7cf1f3a4
 class JointCalibration(nn.Module):
-    "Scales and biases of all members' logits, and the fusion. Raises `UserError` unless members divide the classes."
+    """Scales and biases of all members' logits, and the fusion (Sharma et al., GCPR 2020).
+
+    Raises `UserError` unless members divide the classes.
+    """
     def __init__(
         self,
         members: Sequence[np.ndarray | None],  # class ids of each expert, in the order of its logits; None: full range

@@ -22,7 +22,7 @@ def linear_head(
 
 # %% ../../nbs/models/11_heads.ipynb #d44db526
 class CosineHead(nn.Module):
-    "Logits are scaled cosines between the feature and one direction a class; no bias."
+    "Logits are scaled cosines between the feature and one direction a class; no bias (Wang et al., ICLR 2021)."
     def __init__(
         self,
         n_features: int,  # d
@@ -38,7 +38,7 @@ class CosineHead(nn.Module):
 
 # %% ../../nbs/models/11_heads.ipynb #5094ebe1
 class ScaledHead(nn.Module):
-    "A head followed by one learnable factor a class, all ones at the start."
+    "A head followed by one learnable factor a class, all ones at the start (Kang et al., ICLR 2020)."
     def __init__(
         self,
         head: nn.Module,  # gives logits (..., C); used as it is, not copied
@@ -61,7 +61,7 @@ def tau_normalized(
     return new
 
 # %% ../../nbs/models/11_heads.ipynb #f9cf621d
-HEADS = {'linear': linear_head, 'cosine': CosineHead}
+HEADS = {'linear': linear_head, 'cosine': CosineHead}      # name -> head, from widths of feature and output
 
 # %% ../../nbs/models/11_heads.ipynb #a27db437
 class BodyAndHead(nn.Module):

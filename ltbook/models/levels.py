@@ -14,7 +14,7 @@ from ..data.sampling import Sampler
 
 # %% ../../nbs/models/17_levels.ipynb #43e43344
 class PairSampler(Sampler):
-    "Pairs of positions whose labels differ. Raises `UserError` for fewer than two classes."
+    "Pairs of positions whose labels differ (Xu et al., ECCV 2022). Raises `UserError` for fewer than two classes."
     def __init__(
         self,
         labels,  # (n,) ints; gaps between the classes are allowed
@@ -39,7 +39,10 @@ def keep_threshold(
     loglik: Tensor,  # (n,) log-likelihoods of the train rows in play
     keep: float = 0.3,  # rho, the share to keep, in [0, 1)
 ) -> float:  # rows with at least this likelihood are kept; inf keeps none
-    "Likelihood that separates the best share. Raises `UserError` for an empty level or a share outside [0, 1)."
+    """Likelihood that separates the best share (Xu et al., ECCV 2022).
+
+    Raises `UserError` for an empty level or a share outside [0, 1).
+    """
     if not len(loglik): raise UserError('No rows are left at this level: use a smaller depth.')
     if not 0 <= keep < 1: raise UserError(f'keep must lie in [0, 1), got {keep}.')
     i = int(len(loglik)*(1.0 - keep))
@@ -51,7 +54,7 @@ def assign_levels(
     thresholds: list[float],  # one a filter
     n: int,  # N
 ) -> Tensor:  # (N,) int64, 0..depth; depth is the rest
-    "The first level that keeps each row."
+    "The first level that keeps each row (Xu et al., ECCV 2022)."
     level = torch.full((n,), len(logliks))
     for d in reversed(range(len(logliks))): level[logliks[d].cpu() >= thresholds[d]] = d
     return level
@@ -91,7 +94,7 @@ def good_clusters(
     min_purity: float = 0.7,  # a good cluster is purer
     min_size: int = 10,  # and larger
 ) -> int:  # how many good ones there are
-    "Number of clusters that are pure and not tiny."
+    "Number of clusters that are pure and not tiny (Xu et al., ECCV 2022)."
     size, purity = cluster_stats(table)
     return int(((purity > min_purity) & (size > min_size)).sum())
 
@@ -101,7 +104,7 @@ def cluster_prior(
     cluster: Tensor,  # (B,) clusters of the rows asked for
     labels: Tensor | None = None,  # (B,) own labels to leave out, only for rows that were counted
 ) -> Tensor:  # (B, C); rows sum to 1, or are 0 where nothing was counted
-    "Class histogram of each row's cluster."
+    "Class histogram of each row's cluster (Xu et al., ECCV 2022)."
     counts = table[cluster]
     if labels is not None: counts = counts.scatter_add(1, labels[:, None], -torch.ones_like(counts[:, :1]))
     return counts/counts.sum(1, keepdim=True).clamp_min(1)

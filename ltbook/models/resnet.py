@@ -23,7 +23,10 @@ RESNETS = dict(
     resnext50=('Bottleneck', (3, 4, 6, 3), 32, 4))
 
 class ImageResNet(BodyAndHead):
-    "A residual network for images of 64 pixels and more: backbone and head, kept apart. Raises `UserError` for names."
+    """A residual network for images of 64 pixels and more: backbone and head, kept apart (He et al., CVPR 2016).
+
+    Raises `UserError` for names.
+    """
     def __init__(
         self,
         name: str,  # a key of RESNETS

@@ -17,13 +17,13 @@ def subsample_and_pad(
     channels: int,  # C_out >= C_in
     stride: int,  # 1 or 2
 ) -> Tensor:  # (B, C_out, H/stride, W/stride)
-    "Option A shortcut: every `stride`-th pixel, zero channels on both sides."
+    "Option A shortcut: every `stride`-th pixel, zero channels on both sides (He et al., CVPR 2016)."
     extra = channels - x.shape[1]
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, extra//2, extra - extra//2))
 
 # %% ../../nbs/models/12_resnet_cifar.ipynb #b8fd78af
 class BasicBlock(nn.Module):
-    "conv - BN - ReLU - conv - BN, plus the shortcut, then ReLU."
+    "conv - BN - ReLU - conv - BN, plus the shortcut, then ReLU (He et al., CVPR 2016)."
     def __init__(
         self,
         c_in: int,  # channels in
@@ -58,21 +58,21 @@ def block_group(
     n_blocks: int = 5,  # 5 a group make ResNet-32
     stride: int = 1,  # of the first block
 ) -> nn.Sequential:
-    "`n_blocks` basic blocks; only the first one changes channels and resolution."
+    "`n_blocks` basic blocks; only the first one changes channels and resolution (He et al., CVPR 2016)."
     return nn.Sequential(BasicBlock(c_in, c_out, stride), *[BasicBlock(c_out, c_out) for _ in range(n_blocks - 1)])
 
 # %% ../../nbs/models/12_resnet_cifar.ipynb #6560baaf
 def init_convolutions(
     module: nn.Module,  # all nn.Conv2d inside are initialised in place
 ) -> nn.Module:  # the same module
-    "He-normal (fan-in) start for every convolution."
+    "He-normal (fan-in) start for every convolution (He et al., ICCV 2015)."
     for m in module.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight)
     return module
 
 # %% ../../nbs/models/12_resnet_cifar.ipynb #2b232d2a
 class ResNet32(nn.Module):
-    "ResNet-32 for small images: backbone and head, kept apart."
+    "ResNet-32 for small images: backbone and head, kept apart (He et al., CVPR 2016)."
     def __init__(
         self,
         n_classes: int = 0,  # C; 0 leaves the head away

@@ -49,7 +49,7 @@ def best_prefix(
     return max(places.items(), key=lambda p: len(p[1]), default=('', []))
 
 # %% ../../nbs/models/123_weights.ipynb #3ffcf157
-HEAD_NAMES = ('fc', 'head', 'linear', 'classifier', 'fc.0')
+HEAD_NAMES = ('fc', 'head', 'linear', 'classifier', 'fc.0')      # what classifiers are called in files of weights
 
 def start_from(
     network: nn.Module,  # with `backbone()` and `head`; changed in place

@@ -112,6 +112,7 @@ def plot_weights_difficulty(
     return ax
 
 # %% ../../nbs/plots/78_difficulty.ipynb #5adf025b
+# measure of spread -> its label
 CONTRASTS = dict(std='standard deviation', ratio='largest / smallest', entropy='entropy / log C')
 
 def plot_contrast(
@@ -138,7 +139,7 @@ def plot_contrast(
     return axes
 
 # %% ../../nbs/plots/78_difficulty.ipynb #d8755a55
-NORMS = dict(driver_gradient='driver', meta_gradient='look ahead')
+NORMS = dict(driver_gradient='driver', meta_gradient='look ahead')      # column of the history -> its label
 
 def _grey_axis(ax: Axes, label: str) -> Axes:
     "A second scale on the right, in the background."

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from .style import COLORS, house_axes
 
 # %% ../../nbs/plots/76_experts.ipynb #a21096b4
+# accuracy of an expert -> its label
 MEASURES = dict(oracle='own class, reject left out', inside='own class, may reject',
                 outside_rejected='foreign images rejected')
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from .style import COLORS, GROUP_COLORS, house_axes
 
 # %% ../../nbs/plots/74_history.ipynb #90ed14dc
+# columns of a history that are shares
 ACCURACIES = tuple(f'{prefix}{name}' for prefix in ('', 'test_') for name in ('top1', 'many', 'medium', 'few'))
 
 def _draw(

@@ -10,7 +10,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 # %% ../../nbs/plots/70_style.ipynb #0d0f3657
+# told apart by the colour-blind; of seaborn's palette `colorblind`
 COLORS = ('#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc', '#ca9161', '#fbafe4', '#949494', '#ece133', '#56b4e9')
+# one colour a shot group, in all figures
 GROUP_COLORS = dict(many=COLORS[0], medium=COLORS[1], few=COLORS[2], top1='#333333')
 
 # %% ../../nbs/plots/70_style.ipynb #8dad8e00

@@ -17,6 +17,7 @@ from ..train.compute import Compute
 from ..train.files import Damaged, read_json, read_rows, write_json
 
 # %% ../../nbs/runs/630_environment.ipynb #dae3463a
+# whose versions decide numbers
 PACKAGES = ('torch', 'torchvision', 'numpy', 'h5py', 'pandas', 'scikit-learn', 'safetensors', 'pydantic')
 
 def git_state() -> dict:  # commit and dirty, None where the package is not in a git checkout

@@ -53,6 +53,7 @@ def from_export(
                       r.side, r.shot_rule)
 
 # %% ../../nbs/runs/662_export.ipynb #4ae136fe
+# template of a model card
 CARD = """---
 library_name: ltbook
 license: {license}
@@ -94,6 +95,7 @@ kind than those it was trained on they are worth less.
 Made with `{command}`. To publish the folder: `hf upload NAME .`
 """
 
+# the predict.py of an export
 SCRIPT = '''"Predict every picture of a folder: python predict.py FOLDER"
 import csv
 import sys
@@ -111,6 +113,7 @@ out.writerow(first)
 out.writerows(rows)
 '''
 
+# measure -> what it is called in a model card
 NAMES = dict(top1='accuracy', many='many-shot accuracy', medium='medium-shot accuracy', few='few-shot accuracy',
              ece15='expected calibration error (15 bins)')
 

@@ -38,6 +38,7 @@ def extra_parameters(
     return {k: v for k, v in after.items() if k not in before and k not in known and not k.startswith('_')}
 
 # %% ../../nbs/runs/66_notebook.ipynb #6ac6fc2d
+# parameters of a run's notebook that are no fields of the recipe
 WORDS = (
     'method',
     'dataset',
@@ -53,6 +54,7 @@ WORDS = (
     'processes',
     'accumulate',
     'batchnorm')
+# parameters of the notebook that a command may leave out
 DEFAULTS = dict(dataset='digits', profile='short', seed=0)
 
 def recipe_of(

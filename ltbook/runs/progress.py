@@ -35,7 +35,7 @@ class Moment:
         return (self.stage, f'{self.epoch}/{self.epochs}', f'{self.loss:.3f}', f'{self.speed:,.0f}', clock,
                 f'{self.memory:,.0f}')
 
-LIVE = ('stage', 'epoch', 'loss', 'images/s', 'left', 'MB')
+LIVE = ('stage', 'epoch', 'loss', 'images/s', 'left', 'MB')      # columns of the table while a run trains
 
 def moment(
     stage: Stage,  # being trained
@@ -126,6 +126,7 @@ def read_progress(
     except TypeError: return ''      # of another version
 
 # %% ../../nbs/runs/65_progress.ipynb #665b38b9
+# measure -> head of its column
 COLUMNS = {
     'top1': 'top-1',
     'many': 'many',

@@ -15,6 +15,7 @@ from ..methods.recipe import STAGE1_FIELDS, UNHASHED, changed, flat, published_r
 from .folder import Run
 
 # %% ../../nbs/runs/60_published.ipynb #21c13151
+# data set -> what papers call its long-tailed version
 NAMES = {
     'cifar10': 'CIFAR-10-LT',
     'cifar100': 'CIFAR-100-LT',
@@ -66,6 +67,7 @@ def differs(
     return ', '.join(f'{k} {said(v)} instead of {said(flat(usual)[k])}' for k, v in other.items())
 
 # %% ../../nbs/runs/60_published.ipynb #a961fce7
+# measure of a run -> group and measure in the table of published numbers
 MEASURES = {
     'top1': ('all', 'top1'),
     'many': ('many', 'top1'),

@@ -118,7 +118,7 @@ class WandB(Tracker):
 
     def close(self) -> None: self.run.finish()
 
-TRACKERS = dict(tensorboard=TensorBoard, mlflow=MLflow, wandb=WandB)
+TRACKERS = dict(tensorboard=TensorBoard, mlflow=MLflow, wandb=WandB)      # name -> what takes the numbers
 
 # %% ../../nbs/runs/663_tracking.ipynb #b90b157e
 class Careful(Tracker):

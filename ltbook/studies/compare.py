@@ -55,6 +55,7 @@ def own_changes(
     "What a recipe has otherwise than its method, data set and profile make it."
     return ', '.join(f'{k}={v}' for k, v in changed(r, plain_recipe(r), (*FREE, 'source')).items())
 
+# of the table of printed and measured numbers
 COLUMNS = ('paper', 'method', 'dataset', 'imbalance', 'profile', 'changes', 'stage', 'measure', 'printed', 'ours', 'sd',
            'seeds', 'difference', 'band', 'verdict', 'differs', 'runs', 'source')
 
@@ -102,7 +103,7 @@ def _missing(have: set) -> list[dict]:
     return rows
 
 # %% ../../nbs/studies/6941_compare.ipynb #1a8b50e7
-FORMATS = ('table', 'markdown', 'latex', 'csv', 'json')
+FORMATS = ('table', 'markdown', 'latex', 'csv', 'json')      # in which a table can be had
 
 def short(
     table: pd.DataFrame,  # from `compare`

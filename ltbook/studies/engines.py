@@ -88,7 +88,7 @@ class Local:
         self.pool.shutdown()
 
 # %% ../../nbs/studies/682_engines.ipynb #864680dd
-ENGINES = ('local', 'ray', 'slurm')
+ENGINES = ('local', 'ray', 'slurm')      # where cells can run
 
 def make_engine(
     name: str,  # one of `ENGINES`

@@ -131,7 +131,7 @@ def _no_words(changes: dict) -> None:
         raise UserError(f'{", ".join(words)} can only be given as a word of its own (--{words[0]}), not with --set.')
 
 # %% ../../nbs/studies/681_grid.ipynb #d1a576f0
-KEYS = ('method', 'dataset', 'imbalance', 'profile', 'seeds', 'set')
+KEYS = ('method', 'dataset', 'imbalance', 'profile', 'seeds', 'set')      # words of a grid file
 
 def read_grid(
     path: str | Path,  # .yaml, .yml or .toml
@@ -206,6 +206,7 @@ def choose(
     return Cells(c for i, c in enumerate(cells, 1) if not only or any(fits(i, c, t) for t in only))
 
 # %% ../../nbs/studies/681_grid.ipynb #42befbe9
+# fields that don't decide whether a cell is a published row
 FREE = (*UNHASHED, 'epochs', 'precision', 'meta_precision', 'channels_last', 'compile', 'test_every', 'shot_rule')
 
 def is_row(

@@ -26,7 +26,8 @@ def skewed(
     return float(np.dot(w, per_class)/w.sum())
 
 # %% ../../nbs/studies/6942_leaderboard.ipynb #f72bcd42
-SCORES = ('top1', 'many', 'medium', 'few', 'ece15', 'nll', 'forward50', 'backward50')
+SCORES = ('top1', 'many', 'medium', 'few', 'ece15', 'nll', 'forward50', 'backward50')      # columns that are measured
+# columns of the table of all methods
 BOARD = ('dataset', 'imbalance', 'profile', 'method', 'changes', 'stage', 'seeds', *SCORES,
          *(f'{s}_sd' for s in SCORES), 'epochs', 'minutes', 'parameters', 'runs')
 

@@ -24,6 +24,7 @@ from .leaderboard import leaderboard, short_board
 from ..train.files import write_atomic
 
 # %% ../../nbs/studies/6943_report.ipynb #1080365b
+# file of a figure -> its title
 FIGURES = dict(
     reliability='Accuracy over confidence: a calibrated model follows the diagonal',
     shot_accuracy='Accuracy of many-, medium- and few-shot classes',
@@ -53,6 +54,7 @@ def figures_of(
     return out
 
 # %% ../../nbs/studies/6943_report.ipynb #cd37f997
+# the page, for Jinja2
 TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
@@ -198,6 +200,7 @@ addEventListener("hashchange", open); open();
 """
 
 # %% ../../nbs/studies/6943_report.ipynb #7f8b9f4f
+# verdict -> class of its colour
 MARKS = dict(match='good', better='good', reached='good', miss='bad') | {'not reached': 'bad'}
 
 def anchor(

@@ -167,6 +167,7 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
     write_json(folder/'settings.json', settings)
 
 # %% ../../nbs/studies/67_shift.ipynb #42babe22
+# answers that tables show
 MAIN_ANSWERS = (
     'as is', *(f'{a} ({p})' for p in ('train', 'uniform') for a in ('true prior', 'EM', 'calibrated EM', 'BBSE')),
     'adapted', 'guarded')

@@ -37,7 +37,7 @@ def seconds_of(
         if found := like.get((*key, c.recipe.profile)): return statistics.fmean(found)*c.recipe.epochs
     return estimate
 
-ORDERS = ('given', 'longest', 'shortest')
+ORDERS = ('given', 'longest', 'shortest')      # in which cells start
 
 def ordered(
     cells: list[Cell],  # of a grid

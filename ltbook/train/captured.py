@@ -266,7 +266,7 @@ def captured_step(
 # operations that make the processor wait or whose size depends on values; those that bring a number
 READS = ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'masked_select', 'equal',
          'unique', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount', 'repeat_interleave')
-BRINGS = ('lift_fresh',)
+BRINGS = ('lift_fresh',)      # operations that bring a number to the device
 
 class _Watch(TorchDispatchMode):
     "Notes operations that make the processor wait or bring a number from it."

@@ -48,7 +48,7 @@ def imitates_bf16(
     return torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'NO AVX', 'AVX', 'AVX2')
 
 # %% ../../nbs/train/42_compute.ipynb #a51ddf81
-PRECISIONS = ('fp32', 'bf16')
+PRECISIONS = ('fp32', 'bf16')      # of forward passes
 
 @dataclass(frozen=True)
 class Compute:

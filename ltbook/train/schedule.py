@@ -52,6 +52,7 @@ def one_cycle_schedule(
     return lr*min(t/rise, (1 - t)/(1 - rise))
 
 # %% ../../nbs/train/41_schedule.ipynb #05c69d68
+# name -> rate of an epoch, from the epoch, their number and the largest rate
 SCHEDULES = {
     'step': step_schedule,
     'cosine': cosine_schedule,

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from fastcore.docments import docments
 
-from ltbook.methods.method import methods
+from ltbook.methods.method import Method, methods
 from ltbook.runs.folder import find_runs
 from ltbook.studies.compare import compare, formatted, short
 
@@ -125,13 +125,20 @@ def explained(thing):
     except Exception: return {}
 
 
-def entry(name, thing, kind):
+def said_of(name, source):
+    "The comment above a value in a module, or beside it."
+    m = re.search(rf'(?:^# (?!%%)(.*)\n)?^{name}\b[^=\n]*=.*?(?:\s# (.*))?$', source, re.M)
+    return (m and (m.group(1) or m.group(2)) or '').strip()
+
+
+def entry(name, thing, kind, source=''):
     "One exported name: signature, what it does, every parameter with its comment, what comes back."
     lines = []
     try: signature = re.sub(r" at 0x[0-9a-f]+", '', str(inspect.signature(thing)))
     except (TypeError, ValueError): signature = ''
     if len(signature) > 600 or '<' in signature: signature = '(...)'
-    text = inspect.cleandoc(thing.__doc__ or '') if not isinstance(thing, (dict, tuple, str, int, float)) else ''
+    text = said_of(name, source) if kind == 'data' else inspect.cleandoc(thing.__doc__ or '')
+    if isinstance(thing, Method): text = f'{thing.title} ({thing.paper})'
     head = name + (signature if kind in ('function', 'class') else '')
     lines += [f'````{{py:{kind}}} {head}', '', text, '']
     about = explained(thing) if kind in ('function', 'class') else {}
@@ -156,7 +163,8 @@ def api():
     (SRC/'api').mkdir()
     for file in sorted((ROOT/'ltbook').rglob('*.py')):
         module = '.'.join(file.relative_to(ROOT).with_suffix('').parts)
-        source = re.search(r'File to edit: .*?nbs/(\S+\.ipynb)', file.read_text())
+        code = file.read_text()
+        source = re.search(r'File to edit: .*?nbs/(\S+\.ipynb)', code)
         if not source: continue
         m = importlib.import_module(module)
         exported = [n for n in getattr(m, '__all__', []) if hasattr(m, n)]
@@ -167,7 +175,7 @@ def api():
         for n in exported:
             thing = getattr(m, n)
             kind = 'class' if inspect.isclass(thing) else 'function' if callable(thing) else 'data'
-            text.append(entry(n, thing, kind))
+            text.append(entry(n, thing, kind, code))
             if n in names: twice.add(n)
             names[n] = names[f'{module}.{n}'] = f'{module}.{n}'
         (SRC/'api'/f'{module}.md').write_text('\n'.join(text))

@@ -8,7 +8,9 @@ __all__ = ['draw_crops', 'resized_crops', 'centre_crop']
 # %% ../../nbs/data/051_resized.ipynb #710c3406
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from .augment import roomy
 from .checks import UserError
 
 # %% ../../nbs/data/051_resized.ipynb #beaa3b7e
@@ -44,11 +46,14 @@ def resized_crops(
     side: int,  # of the squares, pixels
 ) -> Tensor:  # uint8 (B, C, side, side), channels last in memory
     "Cut each rectangle out, resize it (bilinear, antialiased) and mirror some of them."
-    from torchvision.transforms.v2.functional import resized_crop      # here, as it takes a second
-    out = pixels.new_empty(len(pixels), side, side, pixels.shape[3])
-    for o, p, r, mirrored in zip(out, pixels, rectangles.T.tolist(), flip.tolist()):
-        x = resized_crop(p.permute(2, 0, 1), *r, [side, side], antialias=True)
-        o.copy_((x.flip(2) if mirrored else x).permute(1, 2, 0))
+    on_cpu, shape = pixels.device.type == 'cpu', (len(pixels), side, side, pixels.shape[3])
+    out = roomy(shape, np.uint8) if on_cpu else pixels.new_empty(shape)
+    for i, ((top, left, h, w), mirrored) in enumerate(zip(rectangles.T.tolist(), flip.tolist())):
+        # a batch of one, so that PyTorch sees that channels are last; bytes are resized as such on a CPU alone
+        x = pixels[i:i + 1, top:top + h, left:left + w].permute(0, 3, 1, 2)
+        x = F.interpolate(x if on_cpu else x.float(), size=(side, side), mode='bilinear', antialias=True)
+        x = (x if on_cpu else x.round()).permute(0, 2, 3, 1)
+        out[i:i + 1] = x.flip(2) if mirrored else x
     return out.permute(0, 3, 1, 2)
 
 def centre_crop(

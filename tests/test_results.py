@@ -1,10 +1,14 @@
 "Numbers in README.md and outputs/README.md are those of the runs that their rows name"
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from ltbook.runs.folder import find_runs, run_id
+from ltbook.runs.notebook import recipe_of
 
 ROOT = Path(__file__).parent.parent
 MEASURES = {'many': 'many', 'medium': 'medium', 'few': 'few', 'all': 'top1', 'ECE': 'ece15', 'Brier': 'brier'}
@@ -70,6 +74,18 @@ def test_row(row):
     if row.get('difference'):
         printed = float(row['printed'].split(',')[0])
         assert row['difference'] == f"{float(row['all'].split()[0]) - printed:+.1f}"
+
+
+@pytest.mark.parametrize('finished', find_runs(ROOT/'outputs'), ids=lambda r: r.id)
+def test_its_command_makes_the_same_run(finished):
+    "Also where defaults have changed since"
+    method, dataset, *words = shlex.split(finished.again)[2:]
+    given = [*zip(words, words[1:])]
+    changes = dict(x.split('=', 1) for w, x in given if w == '--set')
+    kinds = {'--imbalance': float, '--profile': str, '--seed': int, '--from': lambda x: ROOT/x}
+    words = {w[2:].replace('from', 'start'): kinds[w](x) for w, x in given if w in kinds}
+    made = recipe_of(words | dict(method=method, dataset=dataset), changes)
+    assert run_id(made) == finished.id
 
 
 def test_readme_is_short_and_its_links_lead_somewhere():

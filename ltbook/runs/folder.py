@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.checks import UserError
 from ..data.html import Picture, html_table
 from ..methods.method import get_method
+from .environment import command
 from .keeping import verify_files
 from ..methods.recipe import Recipe, recipe_hash
 from ..train.files import Damaged, checked, read_json, read_rows
@@ -78,8 +79,8 @@ class Run:
 
     @property
     def again(self) -> str:
-        "The command that makes the run once more, in another place."
-        return self.env.get('command', 'ltbook run').split(' --out ')[0] + ' --out again'
+        "The command that makes the run once more, in another place: from its recipe, as defaults may have changed."
+        return command(self.recipe) + ' --out again'
 
     @property
     def figures(self) -> list[Path]:

@@ -18,6 +18,7 @@ from PIL import Image
 import ltbook
 from ..data.checks import UserError
 from ..methods.recipe import flat
+from ..runs.environment import command
 from ..runs.folder import Run
 from .compare import compare, short
 from .leaderboard import leaderboard, short_board
@@ -269,7 +270,7 @@ def report(
     def about(r: Run):
         plain = '\n'.join(f'{k} = {json.dumps(v)}' for k, v in flat(r.recipe).items() if k != 'source')
         manifest = r.path/'manifest.json'
-        return dict(id=r.id, top1=f'{100*r.metrics["final"]["top1"]:.1f}', command=r.env.get('command', ''),
+        return dict(id=r.id, top1=f'{100*r.metrics["final"]["top1"]:.1f}', command=command(r.recipe),
                     recipe=plain,
                     env=json.dumps({k: v for k, v in r.env.items() if k not in ('command', 'sessions')}, indent=1),
                     manifest=sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else '')

@@ -149,8 +149,8 @@ def check_export(
     except (OSError, ValueError, KeyError, TypeError, AttributeError): ours = False
     if not ours: raise UserError(f'{folder} is in the way: name a folder that does not exist yet.')
     if others := sorted({f.name for f in folder.iterdir()} - FILES):
-        raise UserError(f'{folder} holds more than an export ({", ".join(others[:3])}): export to a new folder, and copy '
-                        'what is in it.')
+        raise UserError(f'{folder} holds more than an export ({", ".join(others[:3])}): export to a new folder, and '
+                        'copy what is in it.')
 
 def export(
     run: Run,  # finished, with weights

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import ltbook.cli.main
 from ltbook.cli.words import app
+from ltbook.methods.recipe import recipe
+from ltbook.runs.folder import run_id
 
 SITE = Path(__file__).resolve().parents[1]/'nbs'/'site'
 LINES = [(p.name, line.strip()) for p in sorted(SITE.glob('*.md')) for block in re.findall(
@@ -38,6 +40,8 @@ def test_help(verb):
     assert examples and all(e.startswith(f'ltbook {verb or ""}') for e in examples), p.output
     if verb:
         for line in examples: test_commands_exist('help', line)
+        runs = re.findall(r'\bdigits/\S+', ' '.join(examples))      # what `make run` leaves, or its next seed
+        assert {*runs} <= {run_id(recipe('mislas', 'digits', profile='paper', seed=s)) for s in (0, 1)}
 
 
 def test_links_of_the_site(tmp_path):
@@ -77,7 +81,8 @@ def test_rows_for_the_authors_users_run(row, place):
         call('run', 'dlsa', name, '--data-root', place/'data', *small)
         return
     if 'RUN' in words: words[words.index('RUN')] = found(method, place, small)[0]
-    if '--imbalance' in words: del words[words.index('--imbalance'):words.index('--imbalance') + 2]
+    for w in ('--imbalance', '--profile'):
+        if w in words: del words[words.index(w):words.index(w) + 2]
     words = ['digits' if w in ('cifar100', 'imagenet_lt') else w for w in words]
     call(verb, *words, *(small if verb == 'run' else ['--out', place]))
 

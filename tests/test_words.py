@@ -1,6 +1,9 @@
 ("Words from shells, YAML and papermill mean the same in every usual "
  "spelling; what is no finite number is refused everywhere")
 import math
+import shutil
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -9,6 +12,7 @@ from ltbook.data.checks import UserError
 from ltbook.methods.method import methods
 from ltbook.methods.recipe import Recipe, recipe
 from ltbook.methods.spelling import spelt
+from ltbook.runs.run import run
 
 SPELLINGS = {
     .5: ['.5', '0.5', '5e-1', '+.5', '0.50', .5], 1.: ['1', '1.', '1e0', 1], 100.: ['100', '1e2', '1_00', 100]}
@@ -118,3 +122,21 @@ def test_spelling_leaves_alone_what_it_does_not_know():
     for value, kind in (('ten', float), (None, int), ([1, 2], tuple[int, ...]), ('1', str), (object, object)):
         assert spelt(value, kind) is value
     assert get_args(tuple[int, ...]) and spelt('[1, 2]', tuple[int, ...]) == [1, 2]
+
+
+def test_a_run_of_a_method_that_is_not_here_is_one_sentence(tmp_path):
+    "Its warning says nothing about lines of this package, and tables say how many are left out"
+    made = run(recipe('cross_entropy', profile='smoke'), tmp_path, device='cpu', say=lambda text: None)
+    text = (made/'recipe.json').read_text().replace('"cross_entropy"', '"mine"')
+    shutil.copytree(made, other := tmp_path/'digits'/'mine'/'0-00000000')
+    (other/'recipe.json').write_text(text)
+    def ltbook(*words):
+        command = [sys.executable, '-m', 'ltbook', *words, '--out', tmp_path]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True)
+    shutil.rmtree(made)
+    for words in (['report'], ['compare'], ['compare', '--leaderboard']):
+        p = ltbook(*words)
+        assert p.returncode == 2 and '1 left out: ' in p.stderr and 'mine' in p.stderr, p.stderr
+    for words in (['sweep', '--method', 'mislas', '--dry-run'], ['show'], ['eval', 'digits/mislas/0-da318a07']):
+        p = ltbook(*words)
+        assert 'UserWarning' not in p.stderr and '.py:' not in p.stderr, p.stderr

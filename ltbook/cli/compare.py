@@ -14,6 +14,10 @@ from .words import Out, console, print_table, verb
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/794_compare.ipynb #92467fcc
+def _unread(bad: dict) -> str:
+    "What is not in a table, and why the first of it is not: the end of a message."
+    return f'; {len(bad)} left out: {next(iter(bad.values()))}' if bad else ''
+
 @verb('compare', 'Results', '', '--leaderboard --dataset cifar100 --profile fast')
 def compare_(
     method: Annotated[Optional[list[str]], typer.Option(help='Only these; may be repeated.')] = None,
@@ -28,14 +32,19 @@ def compare_(
         bool, typer.Option('--leaderboard', help='All runs in every respect, not beside printed numbers.')] = False,
     out: Out = Path('outputs')):
     "Printed numbers beside ours: means of seeds, a band, and a verdict."
+    from ltbook.methods.method import get_method
+    from ltbook.methods.recipe import PROFILES
     from ltbook.runs.folder import scan_runs
     from ltbook.runs.published import MEASURES
     from ltbook.studies.compare import FORMATS, compare, formatted, short
     from ltbook.studies.leaderboard import leaderboard, short_board
     one_of(form, FORMATS, 'format')
+    if profile is not None: one_of(profile, PROFILES, 'profile')
+    for m in method or (): get_method(m)
     wanted = [*MEASURES] if measures == 'all' else [one_of(m.strip(), MEASURES, 'measure') for m in measures.split(',')]
     runs, bad = scan_runs(out)
     runs = [r for r in runs if not r.recipe.hold_out]
+    if dataset is not None and runs: one_of(dataset, sorted({r.recipe.dataset for r in runs}), 'data set with runs')
     table = leaderboard(runs) if board else compare(runs, missing)
     for column, value in dict(dataset=dataset, imbalance=imbalance, profile=profile).items():
         if value is not None: table = table[table[column] == value]
@@ -44,15 +53,16 @@ def compare_(
         table = table[table.measure.isin(wanted)].sort_values(['method', 'dataset', 'imbalance', 'profile', 'stage'])
     if table.empty:
         raise UserError(f'No run in {out} is {"like that" if board else "beside a printed number"}; see what there is: '
-                        'ltbook show')
+                        f'ltbook show{_unread(bad)}')
     s = short_board(table) if board else short(table)
     if form != 'table': return typer.echo(formatted(table, form, s), nl=False)
-    spare = ('parameters', 'epochs', 'nll', 'minutes', 'forward50', 'medium', 'many') if board else ()
+    spare = (('parameters', 'epochs', 'nll', 'minutes', 'forward50', 'medium', 'many') if board else
+             ('band', 'difference', 'seeds', 'setting', 'recipe'))
     title = 'all methods, percent' if board else 'printed and ours, percent'
     print_table(title, tuple(s.columns), s.values.tolist(), spare)
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
 
-@verb('rm', 'Results', 'digits/mislas/0-3687966c')
+@verb('rm', 'Results', 'digits/mislas/0-da318a07')
 def rm_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask.')] = False,
@@ -81,5 +91,6 @@ def report_(
     from ltbook.runs.folder import resolve_run, scan_runs
     from ltbook.studies.report import report
     found, bad = ([resolve_run(r, out) for r in runs], {}) if runs else scan_runs(out)
+    if bad and not found: raise UserError(f'No run in {out} can be reported{_unread(bad)}')
     file = report(found, to or out/'report.html', title, figures, bad.values())
     console.print(f'report    {file}  ({file.stat().st_size/1e6:.1f} MB)', soft_wrap=True)

@@ -16,7 +16,7 @@ from ..data.checks import UserError, one_of
 from ..data.lists import LARGE
 
 # %% ../../nbs/cli/792_data.ipynb #75a31943
-@verb('shift', 'Results', 'digits/sade/0-2ca1c0cf')
+@verb('shift', 'Results', 'digits/mislas/0-da318a07')
 def shift_(
     run: Annotated[str, typer.Argument(help='A finished run of any method.')],
     ratios: Annotated[str, typer.Option(help='Of forward and backward test sets, separated by commas.')] = '',
@@ -53,7 +53,7 @@ def _at(root: Path | None) -> str:
     "The option that names a folder of data, where it was given."
     return f' --data-root {shlex.quote(str(root))}' if root else ''
 
-@verb('features', 'Networks', 'cifar100/mislas/0-cffb80b1')
+@verb('features', 'Networks', 'digits/mislas/0-da318a07')
 def features_(
     run: Annotated[str, typer.Argument(help='A finished run, with its weights.')],
     stage: Annotated[Optional[str], typer.Option(help='After which stage; default: the first.')] = None,
@@ -89,7 +89,9 @@ def doctor_(
     from ltbook.data.images import DATASETS, describe_data, own_sets
     if images or lists: return _doctor_large(what, images, lists, deep)
     if file is None and what in {*DATASETS, *own_sets(data_root)}: what, file = 'data', Path(what)
-    if one_of(what, ('data', 'features', *LARGE), 'kind of file') in LARGE:
+    known = 'data', 'features', *LARGE
+    if what not in known: one_of(what, (*DATASETS, *own_sets(data_root), *known), 'data set')
+    if what in LARGE:
         raise UserError(f'Say where {what} lies: ltbook doctor {what} --images FOLDER --lists FOLDER')
     if file is None: raise UserError(f'Say which {what}: ltbook doctor {what} NAME')
     if what == 'data':
@@ -160,7 +162,6 @@ def import_(
     from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
 
-    if size is None: _say('Every image is stored with 32 pixels a side; choose another number with --size.')
     file = import_folder(
         folder,
         name,
@@ -172,6 +173,7 @@ def import_(
         background=background,
         skip_broken=skip_broken,
         say=_say)
+    if size is None: _say('Every image is stored with 32 pixels a side; for another number: --size 64 --force')
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
     for text in copies_in(load_images(name, data_root)):
         console.print(text, soft_wrap=True)

@@ -34,10 +34,14 @@ def predict_(
     files = find_pictures(folder)
     if (Path(model)/'config.json').exists(): network = from_export(model).to(find_device(device))
     else: network = classifier_of(resolve_run(model, out), data_root, device)
-    rows = [*predict_pictures(network, files, fit)]
-    try: write_rows(to, rows)
-    except OSError as e: raise UserError(f'Cannot write {to}: {e.strerror}. Choose another place with --to.') from None
+    if to.is_dir(): raise UserError(f'{to} is a folder: name the table, such as --to {to/"predictions.csv"}')
+    rows = [r | dict(error=r['error'].partition('; ')[0]) for r in predict_pictures(network, files, fit)]
     bad = sum(bool(r['error']) for r in rows)
+    if bad == len(rows): raise UserError(f'No picture can be read; the first one: {rows[0]["error"]}.')
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(to, rows)
+    except OSError as e: raise UserError(f'Cannot write {to}: {e.strerror}. Choose another place with --to.') from None
     common = ', '.join(f'{k} {n}' for k, n in Counter(r['class'] for r in rows if r['class']).most_common(5))
     console.print(f'{len(rows) - bad} pictures: {common}' + (f'; {bad} cannot be read' if bad else ''), soft_wrap=True)
     console.print(f'table     {to}', soft_wrap=True)

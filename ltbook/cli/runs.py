@@ -15,7 +15,7 @@ from .show import show_run
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/791_runs.ipynb #5f313fb6
-@verb('list', 'Data', '', 'digits', 'mislas')
+@verb('list', 'Data', '', 'methods', 'recipes')
 def list_(
     what: Annotated[str, typer.Argument(help='datasets, methods, recipes or all.')] = 'all',
     data_root: Root = None):
@@ -50,7 +50,7 @@ def list_(
 @verb(
     'run', 'Train', 'mislas digits',
     'mislas cifar100 --profile fast --seeds 0..2',
-    'crt cifar100 --from cifar100/mixup/0-d465661b',
+    'mislas digits --from digits/mislas/0-da318a07 --set smooth_head=0.3',
     'balanced_softmax birds --set mixup_alpha=1 --set lr=0.05')
 def run_(
     method: Annotated[str, typer.Argument(help='A name from `ltbook list methods`.')],
@@ -179,7 +179,7 @@ def run_(
     else: show_run(load_run(folder))
 
 # %% ../../nbs/cli/791_runs.ipynb #2ec109e3
-@verb('verify', 'Results', '', 'digits/mislas/0-3687966c')
+@verb('verify', 'Results', '', 'digits/mislas/0-da318a07')
 def verify_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are checked.')] = None,
     out: Out = Path('outputs')):
@@ -200,7 +200,7 @@ def verify_(
     if older: console.print(f'{older} are older than hashes: nothing says what was written.')
 
 # %% ../../nbs/cli/791_runs.ipynb #5f50bf75
-@verb('eval', 'Results', 'digits/mislas/0-3687966c', 'digits/mislas/0-3687966c --shot-rule thirds')
+@verb('eval', 'Results', 'digits/mislas/0-da318a07', 'digits/mislas/0-da318a07 --shot-rule thirds')
 def eval_(
     run: Annotated[str, typer.Argument(help='A finished run.')],
     shot_rule: Annotated[

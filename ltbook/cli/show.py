@@ -35,6 +35,7 @@ def show_run(
         for stage, other in paper.groupby('stage', sort=False).differs.first().items():
             if other: console.print(f'{stage} is not compared with the paper: {other}.', soft_wrap=True)
     known = ', '.join(f'{k} {v[:8]}' for k, v in run.data.items()) if run.data else 'not recorded'
+    console.print(f'recipe    {run.recipe.profile}: {run.recipe.source}', soft_wrap=True)
     console.print(f'data      {known}', soft_wrap=True)
     console.print(f'run       {run.path}', soft_wrap=True)
     if (run.path/'run.ipynb').exists(): console.print(f'notebook  {run.path/"run.ipynb"}', soft_wrap=True)
@@ -72,7 +73,7 @@ def show_two(
     print_table('result, percent', ('stage', 'measure', one.id, two.id, 'difference'), rows)
 
 # %% ../../nbs/cli/795_show.ipynb #bd1b59c9
-@verb('show', 'Results', '', 'digits/mislas/0-3687966c', 'digits/mislas/0-3687966c digits/sade/0-2ca1c0cf')
+@verb('show', 'Results', '', 'digits/mislas/0-da318a07', 'digits/mislas/0-da318a07 digits/mislas/1-da318a07')
 def show_(
     run: Annotated[Optional[list[str]], typer.Argument(help='A run, or two to see in what they differ; without one, '
                                                             'all finished runs are listed.')] = None,
@@ -101,5 +102,6 @@ def show_(
                         r.recipe.imbalance,
                         r.recipe.profile,
                         *(cell(k, r.metrics['final'][k]) for k in ('top1', 'few', 'ece15')))
-                    for r in some])
+                    for r in some],
+                ('imbalance', 'profile', 'ECE (15)', 'few'))
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)

@@ -9,7 +9,7 @@ __all__ = ['run_cells', 'seed_cells', 'sweep_']
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .words import Device, Out, Root, console, parse_changes, print_table, verb
+from .words import Device, Out, Root, console, fitted, parse_changes, print_table, verb
 from ..data.checks import UserError, one_of
 
 # %% ../../nbs/cli/796_sweep.ipynb #a6d1f06b
@@ -24,11 +24,11 @@ def run_cells(
     settings: dict | None = None,  # of the engine
 ) -> None:
     "Run what is missing of a grid, and print what came out. Raises `RuntimeError` naming the runs that failed."
-    from ltbook.runs.folder import Run, find_runs
+    from ltbook.runs.folder import Run, scan_runs
     from ltbook.runs.run import prepare
     from ltbook.studies import engines, packs, sweep as sweeps
     from ltbook.train.processes import ending_on_term
-    estimate = sweeps.seconds_of(find_runs(cells[0].out))
+    estimate = sweeps.seconds_of(scan_runs(cells[0].out)[0])      # what can't be read was never like it
     cells, looked, lost = sweeps.ordered(cells, order, estimate), set(), []
     for c in cells:      # mistakes show before a process starts, and what is finished must belong to the data at hand
         if c.finished and not isinstance(sweeps.readable(c.folder), Run): lost.append(c)      # the table says why
@@ -44,7 +44,8 @@ def run_cells(
     with ending_on_term(), sweeps.Watcher(console) as w:
         ends = sweeps.sweep(cells, place, ['--device', device, *root, *['--bare']*bare], w.say, w.look)
     one = len({c.id.rpartition('/')[0] + c.id.rpartition('-')[2] for c in cells}) == 1
-    console.print(sweeps.seeds_table(cells) if one else sweeps.recipes_table(cells))
+    table = sweeps.seeds_table(cells) if one else sweeps.recipes_table(cells)
+    console.print(fitted(table, ('Brier', 'NLL', 'many', 'medium', 'ECE (15)', 'few')))
     if lost:
         why = '; '.join(f'{c.id} ({sweeps.readable(c.folder)})' for c in lost)
         raise RuntimeError(f'The mean is without {why}')
@@ -95,7 +96,7 @@ def sweep_(
     device: Device = 'auto',
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Run what is missing of a grid: inline, from a file, or one that a method brings along; the rest is left alone."
-    from ltbook.runs.folder import find_runs
+    from ltbook.runs.folder import scan_runs
     from ltbook.studies import grid as grids
     from ltbook.studies.engines import ENGINES, make_engine, side_by_side
     from ltbook.studies.sweep import ORDERS, forecast, ordered, seconds_of
@@ -117,18 +118,19 @@ def sweep_(
                                   grids.parse_seeds(seeds))
     cells = grids.choose(cells, only or [])
     if dry_run:
-        estimate = seconds_of(find_runs(out))
+        estimate = seconds_of(scan_runs(out)[0])
         cells = ordered(cells, order, estimate)
         left = [c for c in cells if not c.finished]
         missing = {c.id for c in left}
         rows = [(i, c.name or ', '.join(f'{k}={v}' for k, v in c.changes.items()) or c.recipe.profile,
                  'not run' if c.id in missing else 'finished', c.id) for i, c in enumerate(cells, 1)]
-        if len(rows) <= 200: print_table(f'{len(cells)} cells', ('no.', 'recipe', 'state', 'run'), rows)
+        title = f'{len(cells)} cell{"s"*(len(cells) != 1)}'
+        if len(rows) <= 200: print_table(title, ('no.', 'recipe', 'state', 'run'), rows, ('no.', 'recipe'))
         else:      # a table of thousands takes seconds to lay out
             for row in rows: typer.echo('  '.join(map(str, row)))
-            console.print(f'{len(cells)} cells')
+            console.print(title)
+        if engine != 'ray': place = make_engine(engine, settings, out, len(left), device, jobs)      # checks settings
         if engine == 'slurm':
-            place = make_engine(engine, settings, out, len(left), device, jobs)
             print(place.script())
             slots = place.slots
         else: slots = side_by_side(max(1, len(left)), device, jobs)[0]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'PLACES', 'MACHINE', 'TOLD', 'Out', 'Root', 'Device', 'PoliteGroup', 'verb', 'top', 'SafeConsole',
-           'print_table', 'hush', 'parse_changes']
+           'fitted', 'print_table', 'hush', 'parse_changes']
 
 # %% ../../nbs/cli/790_words.ipynb #0b833a73
-import json, os
+import json, os, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
@@ -39,7 +39,9 @@ class PoliteGroup(TyperGroup):
     def invoke(self, ctx):
         "Run a verb of `ctx`, and end with one sentence and its exit code where it fails."
         try:
-            with ending_on_term(): return super().invoke(ctx)
+            with ending_on_term(), warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort): raise      # of typer itself, as after --help; they are RuntimeErrors, too
         except UserError as e: code, text = 2, f'Error: {e}'
         except BrokenPipeError: raise                # as of `| head`: nobody listens any more
@@ -50,6 +52,10 @@ class PoliteGroup(TyperGroup):
             text = str(e) or 'Stopped. The same command goes on where it was.'
         typer.echo('\n'.join(map(printable, text.splitlines())), err=True)
         raise typer.Exit(code)
+
+def _warn(message, category, filename, lineno, file=None, line=None):
+    "A warning as a sentence: what line of the package it comes from tells a user nothing."
+    typer.echo(f'Warning: {printable(str(message))}', err=True)
 
 def _version(wanted: bool) -> None:
     if not wanted: return
@@ -97,25 +103,31 @@ Root = Annotated[Optional[Path], typer.Option(
     help='Folder of the data; default LTBOOK_DATA or ~/.cache/ltbook.', rich_help_panel=PLACES)]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:N or mps.', rich_help_panel=MACHINE)]
 
+def fitted(
+    table: Table,  # of rich; changed
+    spare: tuple = (),  # heads of columns that a narrow terminal can do without, the first one first
+) -> Table:  # the same
+    "Leave columns out until the rest has room, and name them below. Texts of several words go on several lines."
+    def width(c): return min(999 if c.no_wrap else 24, max(len(str(v)) for v in (c.header, *c.cells))) + 3
+    left_out = []
+    for head in spare:
+        if sum(map(width, table.columns)) < console.width: break
+        found = [c for c in table.columns if c.header == head]
+        for c in found: table.columns.remove(c); left_out.append(head)
+    if left_out: table.caption, table.caption_justify = f'left out in this width: {", ".join(left_out)}', 'left'
+    return table
+
 def print_table(
     title: str,  # above it
     head: tuple,  # names of the columns
     rows: list,  # tuples, a value a column
-    spare: tuple = (),  # columns that a narrow terminal can do without, the first one first
+    spare: tuple = (),  # see `fitted`
 ) -> None:
     "A plain table; what is left out for lack of room is named below it."
-    # long words are folded
-    widths = {h: min(24, max(len(str(v)) for v in (h, *(row[k] for row in rows)))) + 3 for k, h in enumerate(head)}
-    left_out = []
-    for h in spare:
-        if sum(widths.values()) - sum(widths[k] for k in left_out) < console.width: break
-        if h in widths: left_out.append(h)
-    shown = [k for k, h in enumerate(head) if h not in left_out]
-    caption = f'left out in this width: {", ".join(left_out)}' if left_out else None
-    table = Table(title=title, title_justify='left', caption=caption, caption_justify='left')
-    for k in shown: table.add_column(head[k], overflow='fold', no_wrap=head[k] == 'run')
-    for row in rows: table.add_row(*(_safe(str(row[k])) for k in shown))
-    console.print(table)
+    table = Table(title=title, title_justify='left')
+    for name in head: table.add_column(name, overflow='fold', no_wrap=name == 'run')
+    for row in rows: table.add_row(*(_safe(str(v)) for v in row))
+    console.print(fitted(table, spare))
 
 def hush(
     context: typer.Context,  # of the verb

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load
 import ltbook
-from ..data.checks import UserError
+from ..data.checks import UserError, printable
 from ..data.images import ImageData
 from ..data.profile import LongTail
 from ..data.stores import ImageSet
@@ -70,7 +70,7 @@ model-index:
 
 # {name}
 
-{title} ({paper}), trained on {setting} by [ltbook](https://pypi.org/project/ltbook) {version}.
+{title} ({paper}), trained on {setting} by ltbook {version}.
 
 | measure | value |
 |---|---|
@@ -80,12 +80,12 @@ model-index:
 
 ## Classes
 
-{n} classes; {groups}. Train images of every class, in the order of the outputs: {counts}.
+{n} classes; {groups}. Classes and their train images, in the order of the outputs: {counts}.
 
 ## Use
 
 ```
-pip install ltbook
+pip install .      # in a checkout of ltbook
 python predict.py FOLDER_OF_PICTURES
 ```
 
@@ -135,7 +135,7 @@ def model_card(
         table='\n'.join(f'| {k} | {100*v:.1f} % |' for k, v in known.items()),
         protocol=f'Measured on {p["n_test"]:,} test images after the last epoch; one seed. '
                  f'Shot groups: {p["shot_rule"]} train images.',
-        n=len(network.classes), groups=sizes, counts=', '.join(map(str, network.counts)),
+        n=len(network.classes), groups=sizes, counts=', '.join(f'{printable(c)} {n}' for c, n in zip(network.classes, network.counts)),
         shape=' x '.join(map(str, network.shape)), command=command(r))
 
 # %% ../../nbs/runs/662_export.ipynb #8a00d132

@@ -74,7 +74,7 @@ def recipe_of(
         other = [k for k, v in given.items() if v not in (getattr(first.recipe, k), DEFAULTS.get(k))]
         if other:
             raise UserError(
-                f'{", ".join(other)} are taken over from {first.id}: leave them out, or run without --from.')
+                f'{", ".join(other)} would be taken over from {first.id}: leave it out, or run without --from.')
         return recipe_from(first, words['method'], **extra)
     return recipe(words['method'], **DEFAULTS | given | extra)
 
@@ -142,7 +142,9 @@ def run_notebook(
         except PapermillExecutionError as e:
             part.replace(folder/'failed.ipynb')
             where = f'(the notebook as far as it came: {folder/"failed.ipynb"})'
-            raise (UserError if e.ename == 'UserError' else RuntimeError)(f'{e.evalue} {where}') from None
+            if e.ename == 'UserError': raise UserError(f'{e.evalue} {where}') from None
+            kind = '' if e.ename in ('RuntimeError', 'NonFiniteLoss') else f'{e.ename}: '      # those say it in a sentence
+            raise RuntimeError(f'{kind}{e.evalue} {where}') from None
         except DeadKernelError:
             raise RuntimeError(
                 'The process of the notebook ended, as it does when memory runs out. '

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from ..data.checks import one_of
 from ..methods.method import get_method, methods
-from ..methods.recipe import Recipe, changed, recipe_hash
+from ..methods.recipe import UNHASHED, Recipe, changed, recipe_hash
 from ..runs.environment import plain_recipe
 from ..runs.folder import Run
 from ..runs.published import FREE, NAMES, beside_the_paper, published
@@ -51,9 +51,10 @@ def seeds_together(
 
 def own_changes(
     r: Recipe,  # any recipe
+    leave: Iterable[str] = UNHASHED,  # fields that don't matter
 ) -> str:  # 'sam_rho=0.05'; empty for a profile as it stands
     "What a recipe has otherwise than its method, data set and profile make it."
-    return ', '.join(f'{k}={v}' for k, v in changed(r, plain_recipe(r), (*FREE, 'source')).items())
+    return ', '.join(f'{k}={v}' for k, v in changed(r, plain_recipe(r), (*leave, 'source')).items())
 
 # of the table of printed and measured numbers
 COLUMNS = ('paper', 'method', 'dataset', 'imbalance', 'profile', 'changes', 'stage', 'measure', 'printed', 'ours', 'sd',
@@ -69,7 +70,7 @@ def compare(
         beside, first = beside_the_paper(same[0]), same[0].recipe
         if beside.empty: continue
         own = own_changes(first)
-        shape = 'changed' if own else first.profile
+        shape = 'changed' if own_changes(first, FREE) else first.profile      # precision doesn't make another recipe
         for row in beside.itertuples():
             values = [100*v for r in same if (v := r.metrics.get(row.stage, {}).get(row.measure)) is not None]
             if not values: continue

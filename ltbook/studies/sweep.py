@@ -203,5 +203,6 @@ def recipes_table(
 def _table(title: str, *first: str) -> Table:
     table = Table(title=title, title_justify='left')
     for name in (*first, *COLUMNS.values(), 'run'):
-        table.add_column(name, justify='left' if name in ('seed', 'recipe', 'run') else 'right', overflow='fold')
+        left = name in ('seed', 'recipe', 'run')
+        table.add_column(name, justify='left' if left else 'right', overflow='fold', no_wrap=name == 'run')
     return table

@@ -135,7 +135,8 @@ def model_card(
         table='\n'.join(f'| {k} | {100*v:.1f} % |' for k, v in known.items()),
         protocol=f'Measured on {p["n_test"]:,} test images after the last epoch; one seed. '
                  f'Shot groups: {p["shot_rule"]} train images.',
-        n=len(network.classes), groups=sizes, counts=', '.join(f'{printable(c)} {n}' for c, n in zip(network.classes, network.counts)),
+        n=len(network.classes), groups=sizes,
+        counts=', '.join(f'{printable(c)} {n}' for c, n in zip(network.classes, network.counts)),
         shape=' x '.join(map(str, network.shape)), command=command(r))
 
 # %% ../../nbs/runs/662_export.ipynb #8a00d132

@@ -143,7 +143,8 @@ def run_notebook(
             part.replace(folder/'failed.ipynb')
             where = f'(the notebook as far as it came: {folder/"failed.ipynb"})'
             if e.ename == 'UserError': raise UserError(f'{e.evalue} {where}') from None
-            kind = '' if e.ename in ('RuntimeError', 'NonFiniteLoss') else f'{e.ename}: '      # those say it in a sentence
+            # those say it in a sentence
+            kind = '' if e.ename in ('RuntimeError', 'NonFiniteLoss') else f'{e.ename}: '
             raise RuntimeError(f'{kind}{e.evalue} {where}') from None
         except DeadKernelError:
             raise RuntimeError(

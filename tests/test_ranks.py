@@ -58,10 +58,10 @@ GRADIENTS = '''
 '''
 
 
-def test_two_and_three_processes_step_as_one_does(tmp_path):
-    "In fp64, so that nothing but rounding is left: a ResNet-32 with BatchNorm, parts of 5, 5 and of 4, 3, 3 images."
+def test_two_to_four_processes_step_as_one_does(tmp_path):
+    "In fp64, so that nothing but rounding is left: a ResNet-32 with BatchNorm, parts of 5 to 2 of ten images."
     (alone,) = in_ranks(tmp_path, GRADIENTS, 1)
-    for n in (2, 3):
+    for n in (2, 3, 4):
         shared = in_ranks(tmp_path, GRADIENTS, n)
         for k, v in alone.items():
             assert all(torch.equal(s[k], shared[0][k]) for s in shared), f'{k}: the ranks differ'
@@ -86,6 +86,7 @@ def test_parts_make_the_whole_and_are_never_empty():
 
 
 @pytest.mark.parametrize('more', [dict(), dict(mixup_alpha=1.), dict(cutout_side=3, rotation=5., jitter=.2),
+                                  dict(grey=.5, blur=.5),
                                   dict(rand_augment=2, rand_magnitude=20)])
 def test_a_part_of_a_plan_is_the_plan_of_a_part(more):
     data = load_images('digits').train

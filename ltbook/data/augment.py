@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD_MODES', 'PIECE', 'JITTERS', 'pad_images', 'crop_flip', 'rotate', 'roomy', 'normalize', 'shrink', 'mixup',
-           'cutout', 'grey', 'turn_hue', 'blur']
+           'cutout', 'grey', 'turn_hue', 'blur', 'grey_and_blur']
 
 # %% ../../nbs/data/05_augment.ipynb #77d09cb2
 import weakref
@@ -180,3 +180,15 @@ def blur(
     flat = F.pad(x.reshape(1, b*c, h, w), (6, 6, 6, 6), mode='replicate')
     rows = F.conv2d(flat, kernel[..., None], groups=b*c)
     return F.conv2d(rows, kernel[:, :, None], groups=b*c).view(b, c, h, w)
+
+# %% ../../nbs/data/05_augment.ipynb #f87cab71
+def grey_and_blur(
+    x: Tensor,  # float (B, C, H, W)
+    greyed: Tensor,  # bool (B,), take the colour out?
+    sigma: Tensor,  # float (B,), of the blur, pixels, at most 2; 0 leaves an image alone
+) -> Tensor:  # (B, C, H, W)
+    "Some images without their colours, some blurred. Asks which, so a GPU can't record it."
+    x = torch.where(greyed.view(-1, 1, 1, 1), grey(x), x)
+    i = sigma.nonzero()[:, 0]
+    if len(i): x[i] = blur(x[i], sigma[i])
+    return x

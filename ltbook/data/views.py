@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from .augment import JITTERS, blur, crop_flip, cutout, grey, mixup, normalize, pad_images, rotate, shrink
+from .augment import (
+    JITTERS, crop_flip, cutout, grey_and_blur, mixup, normalize, pad_images, rotate, shrink)
 from .auto_augment import AutoAugment, RandAugment
 from .checks import UserError, one_of
 from .resized import centre_crop, draw_crops, resized_crops
@@ -105,6 +106,8 @@ class Augmentation:
     pad_mode: str = 'constant'  # see `pad_images`
     rotation: float = 0.  # largest angle to either side, degrees; 0 is no rotation
     jitter: float = 0.  # largest change of brightness, contrast and saturation, a part of 1; 0 is no jitter
+    grey: float = 0.  # share of the images that lose their colours
+    blur: float = 0.  # share of the images that are blurred, by a Gaussian of 0.1 to 2 pixels
     auto_augment: bool = False  # the CIFAR policy; square images of 1 or 3 channels
     cutout_side: int = 0  # pixels, at most the shorter side; 0 is no cutout
     mixup_alpha: float = 0.  # of the Beta distribution; 0 is no mixup
@@ -124,7 +127,7 @@ class TrainView(View):
         super().__init__(data)
         a, channels, self.augmentation = augmentation, data.shape[2], augmentation
         self.shape = (a.side, a.side) if a.side else data.shape[:2]
-        self.size, self.recordable = min(self.shape), a.crop == 'shift'
+        self.size, self.recordable = min(self.shape), a.crop == 'shift' and not a.grey and not a.blur
         one_of(a.crop, ('shift', 'resized'), 'crop')
         if a.crop == 'resized' and (a.pad or not a.side): raise UserError('crop=resized needs a side, and pad=0.')
         if a.mixup_alpha < 0: raise UserError(f'mixup_alpha must not be negative, got {a.mixup_alpha}.')
@@ -132,7 +135,8 @@ class TrainView(View):
             raise UserError(f'cutout_side must lie between 0 and the image side {self.size}, got {a.cutout_side}.')
         if not 0 <= a.rotation <= 180:
             raise UserError(f'rotation must lie between 0 and 180 degrees, got {a.rotation}.')
-        if not 0 <= a.jitter <= 1: raise UserError(f'jitter must lie between 0 and 1, got {a.jitter}.')
+        for k in ('jitter', 'grey', 'blur'):
+            if not 0 <= getattr(a, k) <= 1: raise UserError(f'{k} must lie between 0 and 1, got {getattr(a, k)}.')
         padded = pad_images(torch.zeros(1, *data.shape, dtype=torch.uint8), a.pad, a.pad_mode)
         # pixels that a crop may wander, down and across
         self.slack = [p - n for p, n in zip(padded.shape[1:3], self.shape)]
@@ -175,6 +179,9 @@ class TrainView(View):
             first = 6 + bool(a.rotation)
             rows[first:first + 3] = 1000 + rng.integers(-round(1000*a.jitter), round(1000*a.jitter) + 1, size=(3, b))
         drawn = dict(rows=torch.from_numpy(rows), lam=torch.tensor(lam, dtype=torch.float32))
+        if a.grey or a.blur:
+            drawn['grey'] = torch.from_numpy(rng.random(b) < a.grey)
+            drawn['sigma'] = torch.from_numpy((rng.uniform(.1, 2., b)*(rng.random(b) < a.blur)).astype(np.float32))
         return super().plan(index) | drawn | sized
 
     def part(self, plan: dict[str, Tensor], rows: np.ndarray, n: int) -> dict[str, Tensor]:
@@ -196,6 +203,8 @@ class TrainView(View):
         else: x = crop_flip(pad_images(pixels, a.pad, a.pad_mode), each, top, left, flip.bool(), self.shape)
         if a.rotation: x = rotate(x, more.pop(0) / 1000)
         if a.jitter: x = colour_jitter(x, torch.stack([more.pop(0) for _ in range(3)]) / 1000)
+        if a.grey or a.blur:
+            x = (255*grey_and_blur(x.float()/255, loaded['grey'], loaded['sigma'])).round().to(torch.uint8)
         if self.auto: x = self.auto(x, torch.stack(more))
         if a.cutout_side: x = cutout(x, cut_top, cut_left, a.cutout_side, x.float().mean((1, 2, 3), keepdim=True))
         x = normalize(x, self.mean, self.std)
@@ -260,9 +269,7 @@ class RandomViews(View):
             for k, f in enumerate(JITTERS.values()):
                 i = ((d['order'][:, step] == k) & d['jitter']).nonzero()[:, 0]
                 if len(i): x[i] = f(x[i], d['factors'][i, k].view(-1, 1, 1, 1))
-        i, j = (d[k].nonzero()[:, 0] for k in ('grey', 'blur'))
-        if len(i): x[i] = grey(x[i]).expand_as(x[i])
-        if len(j): x[j] = blur(x[j], d['sigma'][j])
+        x = grey_and_blur(x, d['grey'], d['sigma']*d['blur'])
         return dict(x=normalize((255*x).round().to(torch.uint8), self.mean, self.std), y=d['y'])
 
 # %% ../../nbs/data/09_views.ipynb #0afa8497

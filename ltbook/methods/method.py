@@ -75,8 +75,8 @@ class Context:
         r, i = self.recipe, self.info
         pad = 0 if r.crop == 'resized' else i.pad
         usual = dict(pad=pad if r.pad is None else r.pad, flip=i.flip if r.flip is None else r.flip)
-        for k in ('crop', 'side', 'pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha',
-                  'rand_augment', 'rand_magnitude'):
+        for k in ('crop', 'side', 'pad_mode', 'rotation', 'jitter', 'grey', 'blur', 'auto_augment', 'cutout_side',
+                  'mixup_alpha', 'rand_augment', 'rand_magnitude'):
             usual[k] = getattr(r, k)
         return TrainView(data, Augmentation(**usual | changes))
 

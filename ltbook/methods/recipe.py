@@ -123,6 +123,8 @@ class Recipe(BaseModel):
     rotation: Annotated[float, Field(ge=0, le=180)] = _fact(0., stage1=True, since='0.3', was=_EXPERTS)
     # largest change of brightness, contrast and saturation
     jitter: Share = _fact(0., stage1=True, since='0.3')
+    grey: Share = _fact(0., stage1=True, since='0.5')  # share of the images that lose their colours
+    blur: Share = _fact(0., stage1=True, since='0.5')  # share of the images that are blurred
     auto_augment: bool = _fact(False, stage1=True, since='0.3', was=_META)  # the policy found for CIFAR-10
     rand_augment: Whole = _fact(0, stage1=True, since='0.5')  # operations on each image; 0 is no RandAugment
     rand_magnitude: Annotated[int, Field(ge=0, le=30)] = _fact(9, stage1=True, since='0.5')
@@ -264,9 +266,7 @@ def recipe(
     fields, own = set(Recipe.model_fields) - {'settings', *WORDS}, set(m.settings.model_fields)
     unknown = [k for k in values if k not in fields | own]
     if unknown: raise UserError(_unknown_names(unknown, m, fields, own))
-    idle = [
-        k for k in changes
-        if k in m.unused and changes[k] != m.defaults.get(k, Recipe.model_fields[k].default)]
+    idle = [k for k in changes if k in m.unused and changes[k] != m.defaults.get(k, Recipe.model_fields[k].default)]
     if idle: raise UserError(f'{method} does not use {", ".join(idle)}: leave it out.')
     common = dict(
         method=method,

@@ -75,8 +75,8 @@ def stage1(
 
 # fields of augmentation that this method sets itself
 OWN_VIEWS = (
-    'crop', 'side', 'pad_mode', 'rotation', 'jitter', 'auto_augment', 'cutout_side', 'mixup_alpha', 'first_side',
-    'rand_augment', 'rand_magnitude')
+    'crop', 'side', 'pad_mode', 'rotation', 'jitter', 'grey', 'blur', 'auto_augment', 'cutout_side', 'mixup_alpha',
+    'first_side', 'rand_augment', 'rand_magnitude')
 
 supcon = register(Method(
     'supcon',

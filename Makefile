@@ -12,10 +12,12 @@ run: install
 	$(BIN)/ltbook run mislas digits --profile paper --seed 0
 	@$(BIN)/ltbook report
 
+# what pages and tests leave in the folder for temporary files goes with it
 test: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing $(if $(wildcard $(LTBOOK_DATA)/cifar100.h5),--flags data)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist worksteal tests --ignore tests/test_notebooks.py
+	@TMPDIR=$$(mktemp -d) && export TMPDIR OMP_NUM_THREADS=1 && trap 'rm -rf "$$TMPDIR"' EXIT && \
+	$(BIN)/nbdev_test --n_workers 2 --timing $(if $(wildcard $(LTBOOK_DATA)/cifar100.h5),--flags data) && \
+	$(BIN)/python -m pytest -q -rs -n 2 --dist worksteal tests --ignore tests/test_notebooks.py
 
 check: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py tests/test_docstrings.py tests/test_results.py tests/test_types.py

@@ -31,13 +31,13 @@ def predict_(
     from ltbook.train.compute import find_device
     from ltbook.train.files import write_rows
     one_of(fit, FITS, 'way to fit')
+    if to.is_dir(): raise UserError(f'{to} is a folder: name the table, such as --to {to/"predictions.csv"}')
     files = find_pictures(folder)
     if (Path(model)/'config.json').exists(): network = from_export(model).to(find_device(device))
     else: network = classifier_of(resolve_run(model, out), data_root, device)
-    if to.is_dir(): raise UserError(f'{to} is a folder: name the table, such as --to {to/"predictions.csv"}')
-    rows = [r | dict(error=r['error'].partition('; ')[0]) for r in predict_pictures(network, files, fit)]
+    rows = [*predict_pictures(network, files, fit)]
     bad = sum(bool(r['error']) for r in rows)
-    if bad == len(rows): raise UserError(f'No picture can be read; the first one: {rows[0]["error"]}.')
+    if bad == len(rows): raise UserError(f'No picture can be read; the first one: {rows[0]["error"]}')
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         write_rows(to, rows)

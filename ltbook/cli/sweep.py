@@ -24,11 +24,11 @@ def run_cells(
     settings: dict | None = None,  # of the engine
 ) -> None:
     "Run what is missing of a grid, and print what came out. Raises `RuntimeError` naming the runs that failed."
-    from ltbook.runs.folder import Run, scan_runs
+    from ltbook.runs.folder import Run, find_runs
     from ltbook.runs.run import prepare
     from ltbook.studies import engines, packs, sweep as sweeps
     from ltbook.train.processes import ending_on_term
-    estimate = sweeps.seconds_of(scan_runs(cells[0].out)[0])      # what can't be read was never like it
+    estimate = sweeps.seconds_of(find_runs(cells[0].out))
     cells, looked, lost = sweeps.ordered(cells, order, estimate), set(), []
     for c in cells:      # mistakes show before a process starts, and what is finished must belong to the data at hand
         if c.finished and not isinstance(sweeps.readable(c.folder), Run): lost.append(c)      # the table says why
@@ -96,7 +96,7 @@ def sweep_(
     device: Device = 'auto',
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Run what is missing of a grid: inline, from a file, or one that a method brings along; the rest is left alone."
-    from ltbook.runs.folder import scan_runs
+    from ltbook.runs.folder import find_runs
     from ltbook.studies import grid as grids
     from ltbook.studies.engines import ENGINES, make_engine, side_by_side
     from ltbook.studies.sweep import ORDERS, forecast, ordered, seconds_of
@@ -118,7 +118,7 @@ def sweep_(
                                   grids.parse_seeds(seeds))
     cells = grids.choose(cells, only or [])
     if dry_run:
-        estimate = seconds_of(scan_runs(out)[0])
+        estimate = seconds_of(find_runs(out))
         cells = ordered(cells, order, estimate)
         left = [c for c in cells if not c.finished]
         missing = {c.id for c in left}

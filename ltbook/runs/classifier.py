@@ -123,10 +123,10 @@ def predict_pictures(
      "`UserError` for a network that is not made for squares.")
     high, wide, channels = network.shape
     if high != wide: raise UserError(f'Pictures become squares, but this network was made for {high} x {wide} pixels.')
-    reading = Reading(side=high, fit=fit)
+    reading = Reading(side=high, fit=fit, skip_broken=True)
     def one(file):
-        try: x = read_square(file, reading, None, Seen())
-        except UserError as e: return str(e)
+        x = read_square(file, reading, None, seen := Seen())
+        if x is None: return seen.broken[0]
         if channels == 3: return x
         return np.round(x @ np.array([.299, .587, .114])).astype(np.uint8)[..., None]
     for at in range(0, len(files), batch_size):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .checks import UserError, printable, writing
 from .fingerprint import row_hashes
 from .images import ImageData
-from .hdf5 import stored, try_to_open
+from .hdf5 import mapped, stored, try_to_open
 
 # %% ../../nbs/data/08_features.ipynb #154664be
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class FeatureSet:
     def subset(self, indices) -> 'FeatureSet':
         "The rows at `indices`, in that order."
         i = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device=self.labels.device)
+        if torch.equal(i, torch.arange(len(self), device=i.device)): return self      # all of them: nothing is copied
         return replace(self, features=self.features[i], labels=self.labels[i])
     def to(self, device) -> 'FeatureSet':
         "The same on another `device`."
@@ -65,15 +66,21 @@ def write_features(
     head: tuple[Tensor, Tensor] | None = None,  # weight (C, D) and bias (C,) of a linear classifier
     source: str = '',  # where they come from, kept as an attribute
     data: str = '',  # fingerprint of the images, kept as an attribute
+    rows: int | None = None,  # N, how many will come: such a file can be mapped; None is any number
 ) -> Path:  # `path`
-    "Write a feature file batch by batch. Raises `UserError` if the batches differ in width or there are none."
+    """Write a feature file batch by batch.
+
+    Raises `UserError` if the batches differ in width, if there are none, or if they are not `rows` rows.
+    """
     path = Path(path)
     part = path.with_name(f'.{path.name}.{uuid4().hex[:8]}.part')
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with h5py.File(part, 'w') as f:
-                if not _append(f, batches): raise UserError(f'There are no features to write to {path.name}.')
+                n = _append(f, batches, rows)
+                if not n: raise UserError(f'There are no features to write to {path.name}.')
+                if n != (rows or n): raise UserError(f'{path.name}: {rows:,} rows were to come, not {n:,}.')
                 if head: f['head_weight'], f['head_bias'] = (t.detach().float().cpu().numpy() for t in head)
                 f.attrs['source'], f.attrs['data'] = source, data
             part.replace(path)
@@ -81,21 +88,25 @@ def write_features(
         with suppress(OSError): part.unlink(missing_ok=True)
     return path
 
-def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
-    "Add batches to an open file; returns the number of rows."
+def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]], rows: int | None) -> int:
+    "Add batches to an open file; returns the number of rows that came."
     n = 0
     for x, y in batches:
         x, y = x.detach().float().cpu().numpy(), y.cpu().numpy().astype(np.int64)
         d = x.shape[1]
-        if not n:
+        if not n and rows:
+            f.create_dataset('features', (rows, d), 'f4')
+            f.create_dataset('labels', (rows,), 'i8')
+        elif not n:
             f.create_dataset('features', (0, d), 'f4', maxshape=(None, d), chunks=(max(1, 2**18//d), d))
             f.create_dataset('labels', (0,), 'i8', maxshape=(None,), chunks=(2**13,))
         if f['features'].shape[1] != d:
             raise UserError(f'Features of {d} numbers come after features of {f["features"].shape[1]}.')
-        for key, a in (('features', x), ('labels', y)):
-            f[key].resize(n + len(x), axis=0)
-            f[key][n:] = a
         n += len(x)
+        if rows and n > rows: return n
+        for key, a in (('features', x), ('labels', y)):
+            if not rows: f[key].resize(n, axis=0)
+            f[key][n - len(x):n] = a
     return n
 
 # %% ../../nbs/data/08_features.ipynb #dc91775b
@@ -142,7 +153,7 @@ def check_features(
     path: str | Path,  # a feature file
     n_classes: int | None = None,  # C, if it is known; else that of head_weight, else any
     n_features: int | None = None,  # D, if it is known
-    step: int = 65536,  # rows read at once
+    step: int | None = None,  # rows read at once; None: as many as 64 MB hold
 ) -> list[str]:  # what is wrong, one sentence each; empty if nothing is
     "Validate a feature file. Raises `UserError` only for a file that cannot be opened."
     with _open(path) as f:
@@ -168,7 +179,7 @@ def check_features(
             or head_bias.shape != head.shape[:1]):
             faults.append(f'head_weight {head.shape} must be (C, {x.shape[1]}) and come with head_bias (C,)')
         c = n_classes or (head.shape[0] if head is not None and head.ndim == 2 else None)
-        return faults + _label_faults(y[()], c) + _value_faults(x, step)
+        return faults + _label_faults(y[()], c) + _value_faults(x, step or max(1, 2**26//(x.shape[1]*x.dtype.itemsize)))
 
 # %% ../../nbs/data/08_features.ipynb #5ad78e2d
 def describe_features(
@@ -191,8 +202,8 @@ def describe_features(
 # %% ../../nbs/data/08_features.ipynb #e574c589
 def _load(
     path: Path, n_classes: int | None, n_features: int | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    "Arrays of one checked file."
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, str]:
+    "Arrays of one checked file, and where they come from."
     faults = check_features(path, n_classes, n_features)
     if faults:
         raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: '
@@ -203,21 +214,20 @@ def _load(
             if 'head_weight' in f
             else None)
         return (
-            torch.from_numpy(f['features'][()].astype('f4')),
+            torch.from_numpy(mapped(f['features'], path).astype('f4', copy=False)),
             torch.from_numpy(f['labels' if 'labels' in f else 'label'][()].astype('i8')),
-            head)
+            head, str(f.attrs.get('source', '')))
 
 def read_features(
     train: str | Path,  # file of the train part
     test: str | Path,  # file of the test part
 ) -> tuple[FeatureSet, FeatureSet]:  # both parts, with the head of the train file
     "Read two feature files. Raises `UserError` that names the file and the fault."
-    x, y, head = _load(Path(train), None, None)
+    x, y, head, a = _load(Path(train), None, None)
     c = len(head[1]) if head else int(y.max()) + 1
     classes = tuple(map(str, range(c)))
-    xt, yt, _ = _load(Path(test), c, x.shape[1])
+    xt, yt, _, b = _load(Path(test), c, x.shape[1])
     parts = FeatureSet(x, y, classes, head), FeatureSet(xt, yt, classes, head)
-    a, b = (describe_features(p)['source'] for p in (train, test))
     if a and b and a != b:
         raise UserError(f'{train} comes from {a!r}, but {test} from {b!r}: write both with one `ltbook features RUN`.')
     if parts[0].counts.min() < 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from .checks import UserError, check_name, printable, writing
 from .html import Picture, html_table
-from .hdf5 import stored, try_to_open
+from .hdf5 import mapped, stored, try_to_open
 from .fingerprint import file_stamp, is_known, kept_rows, row_hashes, set_hash
 from .pictures import Reading, Seen, class_table, find_parts, read_part, scale_of
 
@@ -221,11 +221,6 @@ def _attributes(f: h5py.File, path: Path, shape: tuple[int, int, int]) -> dict:
     return out
 
 # %% ../../nbs/data/02_stores.ipynb #8e2888bd
-def _mapped(d: h5py.Dataset, path: Path) -> np.ndarray:
-    "The array of a data set: mapped where it lies in the file in one piece, else read."
-    offset = None if d.chunks else d.id.get_offset()
-    return d[()] if offset is None else np.memmap(path, d.dtype, 'c', offset, d.shape)      # c: nothing is ever written
-
 def _part(f, name, classes, path):
     "One part of an open file as an `ImageSet`"
     images, labels = (stored(f, f'{name}/{k}', path) for k in ('images', 'labels'))
@@ -236,7 +231,7 @@ def _part(f, name, classes, path):
         if not len(d): raise UserError(f'{path}: {d.name[1:]} is empty; add images.')
     y = labels[()]
     if int(y.max()) > 2**62: raise UserError(f'{path}: {name}/labels has numbers beyond any class; correct the file.')
-    try: return ImageSet(torch.from_numpy(_mapped(images, path)), torch.from_numpy(y.astype(np.int64)), classes)
+    try: return ImageSet(torch.from_numpy(mapped(images, path)), torch.from_numpy(y.astype(np.int64)), classes)
     except UserError as e: raise UserError(f'{path}, {name} part: {e} Correct the file.') from e
 
 # %% ../../nbs/data/02_stores.ipynb #0ca8b005

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 import numpy as np, torch
+from torch import Tensor
 from ..data.checks import UserError, one_of
 from ..data.features import FeatureSet
 from ..losses.flow_losses import BalanceLoss, likelihood_loss, purity_loss, tail_weights
@@ -18,7 +19,7 @@ from .label_space import dlsa_data, dlsa_network, dlsa_split, label_space, stage
 from .method import Context, Method, Published, Recipe, Settings, register
 from .routed_heads import (
     BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head)
-from ..models.flow_filter import FlowFilter, read_rows
+from ..models.flow_filter import FlowFilter, read_rows, row_batches
 from ..models.levels import (
     PairSampler, cluster_stats, cluster_table, good_clusters, keep_threshold, random_levels)
 from ..train.stage import Stage
@@ -70,29 +71,34 @@ class DlsaSettings(Settings):
     controls: bool = True  # train the four controls, too
 
 # %% ../../nbs/methods/59_dlsa.ipynb #8d9a7e8d
-def _epoch_log(s: DlsaSettings, network: FlowFilter, play: FeatureSet, test: FeatureSet) -> dict:
-    "Clusters and keep-rates of a filter as it is now."
-    c = play.n_classes
-    r, t = read_rows(network, play.features), read_rows(network, test.features)
-    table = cluster_table(r['cluster'], play.labels, s.n_clusters, c)
+def _epoch_log(s: DlsaSettings, network: FlowFilter, train: FeatureSet, mine: Tensor, test: FeatureSet) -> dict:
+    "Clusters and keep-rates of a filter as it is now, on the rows of its level."
+    c, labels, what = train.n_classes, train.labels[mine], ('loglik', 'cluster', 'confidence')
+    r, t = read_rows(network, train.features, index=mine, what=what), read_rows(network, test.features, what=what)
+    table = cluster_table(r['cluster'], labels, s.n_clusters, c)
     size, purity = cluster_stats(table)
     alpha = keep_threshold(r['loglik'], s.keep)
     kept, kept_test = (torch.bincount(y[v['loglik'] >= alpha], minlength=c)
-                       for v, y in ((r, play.labels), (t, test.labels)))
+                       for v, y in ((r, labels), (t, test.labels)))
     return dict(
         good_clusters=good_clusters(table, s.min_purity, s.min_size), largest=size.max(),
         empty=(size == 0).sum(), confidence=r['confidence'].mean(), kept=kept, kept_test=kept_test,
         cluster_size=size, cluster_purity=purity)
 
+def _plane(network: FlowFilter, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean (D,) of the latents of rows `x` (N, D) and the plane (D, 2) of their largest variance, in a stream."
+    total = sum(b['latent'].sum(0) for b in row_batches(network, x))
+    mean = total/len(x)
+    spread = sum((u := b['latent'] - mean).T @ u for b in row_batches(network, x))
+    return mean, torch.linalg.eigh(spread).eigenvectors[:, -2:].flip(1)
+
 def _flow_outputs(network: FlowFilter, parts: dict[str, FeatureSet]) -> dict:
     ("What the analysis needs of a trained filter: likelihoods, clusters, "
      "and the latent in the plane of its largest variance.")
-    reads = {k: read_rows(network, v.features) for k, v in parts.items()}
-    u = reads['train']['latent']
-    mean, plane = u.mean(0), torch.linalg.eigh(
-        (u - u.mean(0)).T @ (u - u.mean(0))).eigenvectors[:, -2:].flip(1)
-    out = ({f'{k}_{n}': r[n] for k, r in reads.items() for n in ('loglik', 'cluster')}
-           | {f'{k}_plane': (r['latent'] - mean) @ plane for k, r in reads.items()})
+    (mean, plane), out = _plane(network, parts['train'].features), {}
+    for k, part in parts.items():
+        read = [(b['loglik'], b['cluster'], (b['latent'] - mean) @ plane) for b in row_batches(network, part.features)]
+        out |= {f'{k}_{n}': torch.cat(v) for n, v in zip(('loglik', 'cluster', 'plane'), zip(*read))}
     return out | dict(centers_plane=(network.centers - mean) @ plane, train_labels=parts['train'].labels)
 
 # %% ../../nbs/methods/59_dlsa.ipynb #966bcd1f
@@ -104,19 +110,21 @@ def flow_stage(
     s, seed, space = context.settings, context.recipe.seed, label_space(context)
     if d >= s.depth: return None
     train, test = context.parts['train_features'], context.parts['test_features']
-    play = train.subset((space.settle(train) == d).nonzero()[:, 0].numpy())
-    sampler, x, y = PairSampler(play.labels.cpu(), 1000*seed + d), play.features, play.labels
-    moments = (x.mean(0).cpu(), x.std(0).cpu()) if s.standardize else None
+    x, mine = train.features, (space.settle(train) == d).nonzero()[:, 0].to(train.features.device)
+    y, n = train.labels[mine], len(mine)
+    sampler, counts = PairSampler(y.cpu(), 1000*seed + d), torch.bincount(y, minlength=context.n_classes)
+    rows = x if n == len(x) or not s.standardize else x[mine]
+    moments = (rows.mean(0).cpu(), rows.std(0).cpu()) if s.standardize else None
     network = FlowFilter(x.shape[1], s.n_clusters, s.center_length, 1000*seed + d, moments,
                          s.hidden, s.n_blocks, s.scale_bound).to(x.device)
     space.filters.append(network)
-    weights, balance, best = (tail_weights(play.counts, s.tail_power).float().to(x.device),
+    weights, balance, best = (tail_weights(counts.cpu().numpy(), s.tail_power).float().to(x.device),
                               BalanceLoss(s.balance_momentum), BestState())
-    cap, sums = s.cap_rows or s.cap_factor*len(play)/s.n_clusters, []
+    cap, sums = s.cap_rows or s.cap_factor*n/s.n_clusters, []
     def view(index, rng):
         "A batch of pairs."
         plus, minus = torch.from_numpy(index).to(x.device).unbind(1)
-        return dict(plus=x[plus], minus=x[minus], weight=weights[y[plus]])
+        return dict(plus=x[mine[plus]], minus=x[mine[minus]], weight=weights[y[plus]])
     def loss(joints, batch):
         "The three terms; their values are kept for the log."
         terms = torch.stack([
@@ -127,16 +135,16 @@ def flow_stage(
         return terms.sum()
     def after(epoch):
         "Log, and remember or bring back the best epoch."
-        log = _epoch_log(s, network, play, test)
+        log = _epoch_log(s, network, train, mine, test)
         if s.flow_choice == 'purity' and log['largest'] < cap and log['good_clusters']:
             best.offer(float(log['good_clusters']), network)
         if epoch + 1 == s.flow_epochs and best.weights:
             best.bring_back(network)
-            log = _epoch_log(s, network, play, test)
+            log = _epoch_log(s, network, train, mine, test)
         terms = torch.stack(sums).mean(0)
         sums.clear()
         return dict(zip(('likelihood', 'balance', 'purity'), terms)) | log
-    n, size = len(play), min(s.flow_batch, len(play))
+    size = min(s.flow_batch, n)
     steps = n//size if 0 < n % size < 32 else None      # a batch of a few rows has no good variance
     return Stage(
         f'flow{d + 1}', network, sampler, view, loss, lr=lambda e: s.flow_lr, epochs=s.flow_epochs, lr_field='flow_lr',

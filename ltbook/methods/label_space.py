@@ -18,7 +18,7 @@ from .method import Context, standard_data, standard_network, standard_split
 from .routed_heads import HeadBank, RoutedRows, linear_of
 from .stages import representation_stage
 from ..models.flow_filter import read_rows
-from ..models.levels import PairSampler, assign_levels, cluster_prior, cluster_table, keep_threshold
+from ..models.levels import ClusterPrior, PairSampler, assign_levels, cluster_table, keep_threshold
 from ..train.loop import predict
 from ..train.stage import Stage
 
@@ -43,7 +43,7 @@ class LabelSpace(nn.Module):
 
     def settle(self, rows: FeatureSet) -> Tensor:
         "Give every trained filter its threshold and its table from the train `rows`; their levels (N,) so far."
-        reads = [read_rows(f, rows.features) for f in self.filters]
+        reads = [read_rows(f, rows.features, what=('loglik', 'cluster')) for f in self.filters]
         for d, r in enumerate(reads):
             if self.thresholds[d].isnan():
                 level = assign_levels(
@@ -62,20 +62,20 @@ class LabelSpace(nn.Module):
         own: bool = False,  # whether these rows were counted in the tables
     ) -> RoutedRows:
         "Level, second input and cluster prior of every row."
-        reads = [read_rows(f, x) for f in self.filters]
+        latent = self.z_source == 'latent'
+        what = ('loglik', 'cluster', *(['latent'] if latent else []))
+        reads = [read_rows(f, x, what=what) for f in self.filters]
         if level is None:
             level = assign_levels([r['loglik'].double() for r in reads], self.thresholds.tolist(), len(x))
-        z, prior = x, x.new_zeros(len(x), self.n_classes)
-        if self.z_source == 'latent': z = reads[-1]['latent'].clone()
+        if labels is None: labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        z, cluster = reads[-1]['latent'].clone() if latent else x, reads[-1]['cluster'].clone()
         for d, r in enumerate(reads):
             mine = (level == d).nonzero()[:, 0].to(x.device)
-            if self.z_source == 'latent': z[mine] = r['latent'][mine]
-            prior[mine] = cluster_prior(
-                self.tables[d], r['cluster'][mine], labels[mine] if own and self.leave_one_out else None)
-        return RoutedRows(
-            x,
-            torch.zeros(len(x), dtype=torch.int64, device=x.device) if labels is None else labels,
-            level, z, prior)
+            cluster[mine] = r['cluster'][mine]
+            if latent: z[mine] = r['latent'][mine]
+        own = own and self.leave_one_out
+        prior = ClusterPrior(self.tables, level.to(x.device), cluster, labels if own else None)
+        return RoutedRows(x, labels, level, z, prior)
 
     def forward(self, x: Tensor) -> Tensor: return self.bank.decide(self.route(x))
 
@@ -146,7 +146,7 @@ def label_space(
         if not isinstance(rows, FeatureSet):
             x = predict(net, context.plain(part), len(rows), lambda n, x: dict(x=n.features(x)))['x']
             rows = FeatureSet(x.to(device), rows.labels, rows.classes, linear_of(net))
-        if not rows.features.isfinite().all():
+        if not all(x.isfinite().all() for x in rows.features.split(4096)):
             raise UserError(f'Some features of the {part} part are not finite: '
                             'train stage 1 with a smaller lr.')
         context.parts[f'{part}_features'] = rows

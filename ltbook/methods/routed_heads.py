@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.checks import UserError, one_of
 from ..data.sampling import ClassAwareSampler, InstanceBalanced
 from ..models.heads import ScaledHead
+from ..models.levels import ClusterPrior
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #cd7b00e1
@@ -105,7 +106,8 @@ class RoutedRows:
     labels: Tensor  # (N,)
     level: Tensor  # (N,) int64, 0..depth
     z: Tensor | None = None  # (N, D) feature or latent; None for a plain head
-    prior: Tensor | None = None  # (N, C) class histogram of each row's cluster; None leaves it away
+    # (N, C) class histogram of each row's cluster, perhaps looked up when asked for; None leaves it away
+    prior: Tensor | ClusterPrior | None = None
 
     def __len__(self) -> int: return len(self.labels)
 
@@ -128,15 +130,26 @@ class HeadBank(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     @torch.no_grad()
+    def of_level(
+        self,
+        rows: RoutedRows,  # with levels
+        level: int,  # whose rows and head
+    ) -> tuple[Tensor, Tensor]:  # positions (n,) of its rows, and their logits (n, C)
+        "What one head says about the rows of its level, as many at once as 256 MB hold."
+        head, mine = self.heads[level], (rows.level == level).nonzero()[:, 0].to(rows.x.device)
+        size = max(1, 2**26//sum(p.shape[1] for p in head.parameters() if p.ndim == 2))
+        says = [head(rows.x[i], rows.extra(i, level, len(self.heads) - 1)) for i in mine.split(size)]
+        return mine, torch.cat(says)
+
+    @torch.no_grad()
     def decide(
         self,
         rows: RoutedRows,  # with levels
     ) -> Tensor:  # (N, C) logits, each row's from the head of its level
         "Let each row be decided by its own head."
-        depth, out = len(self.heads) - 1, None
-        for d, head in enumerate(self.heads):
-            mine = (rows.level == d).nonzero()[:, 0].to(rows.x.device)
-            logits = head(rows.x[mine], rows.extra(mine, d, depth))
+        out = None
+        for d in range(len(self.heads)):
+            mine, logits = self.of_level(rows, d)
             if out is None: out = logits.new_zeros(len(rows), logits.shape[1])
             out[mine] = logits
         return out
@@ -226,12 +239,9 @@ def heads_stage(
     def choose(epoch):
         "Look at the routed test rows if the recipe says so, and log whose turn it is."
         d, e = sampler.levels[sampler.turn], epoch % plan.epochs + 1
-        mine = (test.level == d).nonzero()[:, 0].to(test.x.device)
-        if plan.selection == 'best_on_test' and len(mine) and (e % 5 == 0 or e == plan.epochs):
-            with torch.no_grad():
-                right = bank.heads[d](
-                    test.x[mine], test.extra(mine, d, depth)).argmax(1) == test.labels[mine]
-            best.offer(right.float().mean().item(), bank.heads[d])
+        if plan.selection == 'best_on_test' and (test.level == d).any() and (e % 5 == 0 or e == plan.epochs):
+            mine, logits = bank.of_level(test, d)
+            best.offer((logits.argmax(1) == test.labels[mine]).float().mean().item(), bank.heads[d])
         if e == plan.epochs: best.bring_back(bank.heads[d])
         return dict(level=d)
     return Stage(

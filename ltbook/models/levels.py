@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PairSampler', 'keep_threshold', 'assign_levels', 'random_levels', 'cluster_table', 'cluster_stats', 'good_clusters',
-           'cluster_prior', 'imbalance_nats', 'filter_checks']
+           'cluster_prior', 'ClusterPrior', 'imbalance_nats', 'filter_checks']
 
 # %% ../../nbs/models/17_levels.ipynb #98ba4b5c
+from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
@@ -108,6 +109,21 @@ def cluster_prior(
     counts = table[cluster]
     if labels is not None: counts = counts.scatter_add(1, labels[:, None], -torch.ones_like(counts[:, :1]))
     return counts/counts.sum(1, keepdim=True).clamp_min(1)
+
+# %% ../../nbs/models/17_levels.ipynb #16afae37
+@dataclass(frozen=True)
+class ClusterPrior:
+    "Class histograms of rows by their level and cluster; indexed like a tensor (N, C)."
+    tables: Tensor  # (depth, K, C) counts over the train rows
+    level: Tensor  # int64 (N,), 0..depth; a row of the rest has no histogram: zeros
+    cluster: Tensor  # int64 (N,), of the filter of its level
+    labels: Tensor | None = None  # int64 (N,), own labels to leave out, only for rows that were counted
+    def __getitem__(self, index) -> Tensor:
+        level, cluster = self.level[index], self.cluster[index]
+        kept, (depth, clusters, classes) = level < len(self.tables), self.tables.shape
+        place = level.clamp_max(depth - 1)*clusters + cluster
+        own = None if self.labels is None else self.labels[index]
+        return cluster_prior(self.tables.view(-1, classes), place, own)*kept[:, None]
 
 # %% ../../nbs/models/17_levels.ipynb #1a724e24
 def imbalance_nats(

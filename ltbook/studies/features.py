@@ -79,5 +79,6 @@ def export_features(
             feature_batches(context, network, part, batch_size),
             linear_of(network),
             source,
-            context.fingerprint[part])
+            context.fingerprint[part],
+            len(context.parts[part]))
         for part in ('train', 'test'))

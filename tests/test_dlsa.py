@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ltbook.data.checks import UserError
 from ltbook.data.features import FeatureSet, check_features, read_features, write_features
@@ -305,6 +306,60 @@ def test_features_of_a_run_and_start_from_it(tmp_path):
     with pytest.raises(UserError, match='weights'):
         (start.path/'stage1.safetensors').unlink()
         export_features(start, tmp_path/'more', device='cpu')
+
+
+@pytest.mark.parametrize('z_source', ['feature', 'latent'])
+def test_mapped_files_give_the_same_run(z_source, tmp_path):
+    "Rows read where they lie in the file, and rows in memory: the same weights and logits to the bit"
+    for name, known in (('mapped', True), ('read', False)):
+        for part, counts, seed in (('train', [90, 60, 40, 20, 8], 0), ('test', [15]*5, 1)):
+            x, y = features(counts, seed=seed)
+            write_features(tmp_path/name/'blobs'/f'feature_{part}.h5', zip(x.split(50), y.split(50)),
+                           rows=len(y) if known else None)
+    mapped, read = (trained(tmp_path/name, tmp_path/f'runs-{name}', depth=2, z_source=z_source,
+                            selection='best_on_test') for name in ('mapped', 'read'))
+    with h5py.File(tmp_path/'mapped'/'blobs'/'feature_train.h5') as f: assert not f['features'].chunks
+    for stage in mapped.stages:
+        a, b = (load_file(r.path/f'{stage}.safetensors') for r in (mapped, read))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), stage
+    assert np.array_equal(mapped.predictions['dlsa/logits'], read.predictions['dlsa/logits'])
+
+
+# a process that runs DLSA on feature files and prints the memory of its own before and at the most, in MB
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from ltbook.methods.recipe import recipe
+from ltbook.runs.run import run
+def own():
+    line = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
+    return int(line.split()[1])/1024
+before = most = own()
+def look():
+    global most
+    while True:
+        most = max(most, own())
+        time.sleep(.02)
+threading.Thread(target=look, daemon=True).start()
+r = recipe('dlsa', 'wide', profile='smoke', depth=2, n_clusters=20, hidden=16, n_blocks=1, standardize=False,
+           flow_epochs=1, head_epochs=1, max_steps=3, flow_lr=.001)
+run(r, sys.argv[1] + '/runs', sys.argv[1], 'cpu', say=lambda text: None)
+print(before, most)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='only Linux tells the memory of a process apart')
+def test_features_stay_in_their_file(tmp_path):
+    "Two filters, four controls and DLSA on 614 MB of features take less than a third of that for themselves"
+    n, d, c = 150_000, 1024, 200
+    block = torch.randn(3000, d, generator=torch.Generator().manual_seed(0)).relu()
+    for part, size in (('train', n), ('test', 3000)):
+        batches = ((block + i/50, torch.arange(3000) % c) for i in range(size//3000))
+        write_features(tmp_path/'wide'/f'feature_{part}.h5', batches, rows=size)
+    p = subprocess.run([sys.executable, '-c', WATCHED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert not p.returncode, p.stderr[-2000:]
+    before, most = map(float, p.stdout.split())
+    assert most - before < 200 < n*d*4/1e6/3, (before, most)
 
 
 def bad_files(folder, **changes):

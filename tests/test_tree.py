@@ -103,8 +103,9 @@ def test_from_pictures_to_results(layout, pictures, tmp_path):
     (method, processes), run = next(iter(runs.items()))
     where = ['--out', tmp_path/'runs'/str(processes)]
     assert 'setting A' in done('shift', run.path, '--ratios', '2', '--draws', '1', *data, *where)
-    if any(m == 'mislas' for m, _ in runs):
-        run = next(r for (m, _), r in runs.items() if m == 'mislas')
+    for (method, processes), run in runs.items():
+        if method != 'mislas': continue
+        where = ['--out', tmp_path/'runs'/str(processes)]
         features = done('features', run.path, *data, *where).split('ltbook run dlsa ')[1].split()[0]
         done('run', 'dlsa', features, '--profile', 'smoke', '--bare', '--set', 'flow_lr=0.01',
              '--processes', processes, *data, *where)

@@ -19,7 +19,7 @@ from .label_space import dlsa_data, dlsa_network, dlsa_split, label_space, stage
 from .method import Context, Method, Published, Recipe, Settings, register
 from .routed_heads import (
     BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head)
-from ..models.flow_filter import FlowFilter, read_rows, row_batches
+from ..models.flow_filter import FlowFilter, latent_plane, read_rows
 from ..models.levels import (
     PairSampler, cluster_stats, cluster_table, good_clusters, keep_threshold, random_levels)
 from ..train.stage import Stage
@@ -85,20 +85,14 @@ def _epoch_log(s: DlsaSettings, network: FlowFilter, train: FeatureSet, mine: Te
         empty=(size == 0).sum(), confidence=r['confidence'].mean(), kept=kept, kept_test=kept_test,
         cluster_size=size, cluster_purity=purity)
 
-def _plane(network: FlowFilter, x: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean (D,) of the latents of rows `x` (N, D) and the plane (D, 2) of their largest variance, in a stream."
-    total = sum(b['latent'].sum(0) for b in row_batches(network, x))
-    mean = total/len(x)
-    spread = sum((u := b['latent'] - mean).T @ u for b in row_batches(network, x))
-    return mean, torch.linalg.eigh(spread).eigenvectors[:, -2:].flip(1)
-
 def _flow_outputs(network: FlowFilter, parts: dict[str, FeatureSet]) -> dict:
     ("What the analysis needs of a trained filter: likelihoods, clusters, "
      "and the latent in the plane of its largest variance.")
-    (mean, plane), out = _plane(network, parts['train'].features), {}
+    (mean, plane), out = latent_plane(network, parts['train'].features), {}
     for k, part in parts.items():
-        read = [(b['loglik'], b['cluster'], (b['latent'] - mean) @ plane) for b in row_batches(network, part.features)]
-        out |= {f'{k}_{n}': torch.cat(v) for n, v in zip(('loglik', 'cluster', 'plane'), zip(*read))}
+        read = read_rows(network, part.features, what=('loglik', 'cluster', 'latent'),
+                         keep=lambda u: (u - mean) @ plane)
+        out |= {f'{k}_plane': read.pop('latent')} | {f'{k}_{n}': v for n, v in read.items()}
     return out | dict(centers_plane=(network.centers - mean) @ plane, train_labels=parts['train'].labels)
 
 # %% ../../nbs/methods/59_dlsa.ipynb #966bcd1f

@@ -139,7 +139,7 @@ class HeadBank(nn.Module):
         head, mine = self.heads[level], (rows.level == level).nonzero()[:, 0].to(rows.x.device)
         size = max(1, 2**26//sum(p.shape[1] for p in head.parameters() if p.ndim == 2))
         says = [head(rows.x[i], rows.extra(i, level, len(self.heads) - 1)) for i in mine.split(size)]
-        return mine, torch.cat(says)
+        return mine, torch.cat(says) if len(says) > 1 else says[0]
 
     @torch.no_grad()
     def decide(

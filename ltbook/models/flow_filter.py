@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'squared_distances', 'component_densities', 'log_likelihood', 'draw_centers', 'FlowFilter', 'row_batches',
-           'read_rows']
+           'read_rows', 'latent_plane']
 
 # %% ../../nbs/models/16_flow_filter.ipynb #2fd9c6cd
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from .flow import MaskedFlow
@@ -88,9 +88,10 @@ def row_batches(
     network: FlowFilter,  # put into eval mode for every batch
     x: Tensor,  # (N, D) features
     index: Tensor | None = None,  # int64 (n,) rows to read; None is all
-    batch_size: int = 4096,  # rows at once
+    batch_size: int | None = None,  # rows at once; None is as many as 4 MB hold, at most 4096
 ) -> Iterator[dict[str, Tensor]]:  # loglik (B,), cluster (B,) int64, latent (B, D), confidence (B,) of the cluster
     "Likelihood, cluster and latent of rows, a batch at a time."
+    batch_size = batch_size or max(1, min(4096, 2**20//x.shape[1]))
     for rows in x.split(batch_size) if index is None else (x[i] for i in index.split(batch_size)):
         mode = network.training
         u, log_det = network.eval().latent(rows)
@@ -102,10 +103,27 @@ def row_batches(
 def read_rows(
     network: FlowFilter,  # read in eval mode
     x: Tensor,  # (N, D) features
-    batch_size: int = 4096,  # rows at once
+    batch_size: int | None = None,  # rows at once, see `row_batches`
     index: Tensor | None = None,  # int64 (n,) rows to read; None is all
     what: tuple[str, ...] = READINGS,  # some of them
+    keep: Callable[[Tensor], Tensor] = lambda u: u,  # what is kept of latents (B, D): (B, ...)
 ) -> dict[str, Tensor]:  # loglik (n,), cluster (n,) int64, latent (n, D), confidence (n,) of the cluster
     "Likelihood, cluster and latent of every row."
-    parts = [[b[k] for k in what] for b in row_batches(network, x, index, batch_size)]
-    return {k: torch.cat(v) for k, v in zip(what, zip(*parts))}
+    n, done, out = len(x if index is None else index), 0, {}
+    for b in row_batches(network, x, index, batch_size):
+        if 'latent' in what: b['latent'] = keep(b['latent'])
+        # one array from the start: a small one left behind by every batch would keep the memory between them in use
+        if not out: out = {k: b[k].new_empty(n, *b[k].shape[1:]) for k in what}
+        for k in what: out[k][done:done + len(b[k])] = b[k]
+        done += len(b['cluster'])
+    return out
+
+# %% ../../nbs/models/16_flow_filter.ipynb #654aff29
+def latent_plane(
+    network: FlowFilter,  # read in eval mode
+    x: Tensor,  # (N, D) features
+) -> tuple[Tensor, Tensor]:  # mean (D,) of the latents, and two orthonormal directions (D, 2)
+    "Where latents lie and where they vary most, without holding them."
+    mean = sum(b['latent'].sum(0) for b in row_batches(network, x))/len(x)
+    spread = sum((u := b['latent'] - mean).T @ u for b in row_batches(network, x))
+    return mean, torch.linalg.eigh(spread).eigenvectors[:, -2:].flip(1)

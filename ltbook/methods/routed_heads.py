@@ -7,6 +7,7 @@ __all__ = ['MAPS', 'NormedCosine', 'LevelHead', 'start_head', 'linear_of', 'leve
            'BestState', 'HeadPlan', 'heads_stage']
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #a23663d8
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 import math
 import numpy as np, torch, torch.nn.functional as F
@@ -134,12 +135,11 @@ class HeadBank(nn.Module):
         self,
         rows: RoutedRows,  # with levels
         level: int,  # whose rows and head
-    ) -> tuple[Tensor, Tensor]:  # positions (n,) of its rows, and their logits (n, C)
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # positions (n,) of some of its rows, and their logits (n, C)
         "What one head says about the rows of its level, as many at once as 256 MB hold."
         head, mine = self.heads[level], (rows.level == level).nonzero()[:, 0].to(rows.x.device)
         size = max(1, 2**26//sum(p.shape[1] for p in head.parameters() if p.ndim == 2))
-        says = [head(rows.x[i], rows.extra(i, level, len(self.heads) - 1)) for i in mine.split(size)]
-        return mine, torch.cat(says) if len(says) > 1 else says[0]
+        for i in mine.split(size): yield i, head(rows.x[i], rows.extra(i, level, len(self.heads) - 1))
 
     @torch.no_grad()
     def decide(
@@ -149,9 +149,9 @@ class HeadBank(nn.Module):
         "Let each row be decided by its own head."
         out = None
         for d in range(len(self.heads)):
-            mine, logits = self.of_level(rows, d)
-            if out is None: out = logits.new_zeros(len(rows), logits.shape[1])
-            out[mine] = logits
+            for i, logits in self.of_level(rows, d):
+                if out is None: out = logits.new_zeros(len(rows), logits.shape[1])
+                out[i] = logits
         return out
 
 # %% ../../nbs/methods/48_routed_heads.ipynb #29654d32
@@ -240,8 +240,8 @@ def heads_stage(
         "Look at the routed test rows if the recipe says so, and log whose turn it is."
         d, e = sampler.levels[sampler.turn], epoch % plan.epochs + 1
         if plan.selection == 'best_on_test' and (test.level == d).any() and (e % 5 == 0 or e == plan.epochs):
-            mine, logits = bank.of_level(test, d)
-            best.offer((logits.argmax(1) == test.labels[mine]).float().mean().item(), bank.heads[d])
+            right = torch.cat([z.argmax(1) == test.labels[i] for i, z in bank.of_level(test, d)])
+            best.offer(right.float().mean().item(), bank.heads[d])
         if e == plan.epochs: best.bring_back(bank.heads[d])
         return dict(level=d)
     return Stage(

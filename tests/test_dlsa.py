@@ -318,7 +318,9 @@ def test_mapped_files_give_the_same_run(z_source, tmp_path):
                            rows=len(y) if known else None)
     mapped, read = (trained(tmp_path/name, tmp_path/f'runs-{name}', depth=2, z_source=z_source,
                             selection='best_on_test') for name in ('mapped', 'read'))
-    with h5py.File(tmp_path/'mapped'/'blobs'/'feature_train.h5') as f: assert not f['features'].chunks
+    for name in ('mapped', 'read'):
+        with h5py.File(tmp_path/name/'blobs'/'feature_train.h5') as f:
+            assert bool(f['features'].chunks) == (name == 'read')
     for stage in mapped.stages:
         a, b = (load_file(r.path/f'{stage}.safetensors') for r in (mapped, read))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), stage
@@ -341,7 +343,7 @@ def look():
         most = max(most, own())
         time.sleep(.02)
 threading.Thread(target=look, daemon=True).start()
-r = recipe('dlsa', 'wide', profile='smoke', depth=2, n_clusters=20, hidden=16, n_blocks=1, standardize=False,
+r = recipe('dlsa', 'wide', profile='smoke', depth=2, n_clusters=20, hidden=16, n_blocks=1, standardize=True,
            flow_epochs=1, head_epochs=1, max_steps=3, flow_lr=.001)
 run(r, sys.argv[1] + '/runs', sys.argv[1], 'cpu', say=lambda text: None)
 print(before, most)
@@ -350,8 +352,8 @@ print(before, most)
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='only Linux tells the memory of a process apart')
 def test_features_stay_in_their_file(tmp_path):
-    "Two filters, four controls and DLSA on 614 MB of features take less than a third of that for themselves"
-    n, d, c = 150_000, 1024, 200
+    "Two filters, four controls and DLSA on 614 MB of features take less than 200 MB for themselves"
+    n, d, c = 150_000, 1024, 600      # priors of all rows would be 360 MB
     block = torch.randn(3000, d, generator=torch.Generator().manual_seed(0)).relu()
     for part, size in (('train', n), ('test', 3000)):
         batches = ((block + i/50, torch.arange(3000) % c) for i in range(size//3000))
@@ -359,7 +361,7 @@ def test_features_stay_in_their_file(tmp_path):
     p = subprocess.run([sys.executable, '-c', WATCHED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert not p.returncode, p.stderr[-2000:]
     before, most = map(float, p.stdout.split())
-    assert most - before < 200 < n*d*4/1e6/3, (before, most)
+    assert most - before < 200, (before, most)
 
 
 def bad_files(folder, **changes):
@@ -383,6 +385,7 @@ nan = x0.copy(); nan[7, 2] = np.nan
     [
         ('train', dict(labels=y0[:-2]), '35 rows of features but 33 labels'),
         ('test', dict(features=x0[:, :5]), '5 numbers a row, expected 12'),
+        ('train', dict(features=x0[:, :0]), 'at least 2 numbers a row'),
         ('test', dict(labels=y0 + 2), 'there are 3 classes'),
         ('train', dict(labels=y0 - 1), 'start at 0'),
         ('train', dict(features=nan), 'row 7'),

@@ -80,7 +80,9 @@ def write_features(
             with h5py.File(part, 'w') as f:
                 n = _append(f, batches, rows)
                 if not n: raise UserError(f'There are no features to write to {path.name}.')
-                if n != (rows or n): raise UserError(f'{path.name}: {rows:,} rows were to come, not {n:,}.')
+                if n != (rows or n):
+                    came = f'{n:,}' if n < rows else f'{n:,} or more'
+                    raise UserError(f'{path.name}: {rows:,} rows were to come, not {came}.')
                 if head: f['head_weight'], f['head_bias'] = (t.detach().float().cpu().numpy() for t in head)
                 f.attrs['source'], f.attrs['data'] = source, data
             part.replace(path)
@@ -179,7 +181,8 @@ def check_features(
             or head_bias.shape != head.shape[:1]):
             faults.append(f'head_weight {head.shape} must be (C, {x.shape[1]}) and come with head_bias (C,)')
         c = n_classes or (head.shape[0] if head is not None and head.ndim == 2 else None)
-        return faults + _label_faults(y[()], c) + _value_faults(x, step or max(1, 2**26//(x.shape[1]*x.dtype.itemsize)))
+        step = step or max(1, 2**26//max(1, x.shape[1]*x.dtype.itemsize))
+        return faults + _label_faults(y[()], c) + _value_faults(x, step)
 
 # %% ../../nbs/data/08_features.ipynb #5ad78e2d
 def describe_features(
@@ -203,7 +206,7 @@ def describe_features(
 def _load(
     path: Path, n_classes: int | None, n_features: int | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, str]:
-    "Arrays of one checked file, and where they come from."
+    "Arrays of one checked file, and where they come from; features are mapped if they are float32 in one piece."
     faults = check_features(path, n_classes, n_features)
     if faults:
         raise UserError(f'{path} cannot be used: {faults[0]}. See all faults with: '

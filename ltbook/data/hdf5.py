@@ -74,6 +74,7 @@ def mapped(
     d: h5py.Dataset,  # of any type and shape
     path: Path,  # of its file
 ) -> np.ndarray:  # the same values; what is written to them stays in memory
-    "The array of a data set: mapped where it lies in the file in one piece, else read."
+    "The array of a data set: mapped where it lies in the file in one piece, at a place for numbers; else read."
     offset = None if d.chunks else d.id.get_offset()
-    return d[()] if offset is None else np.memmap(path, d.dtype, 'c', offset, d.shape)      # c: nothing is ever written
+    if offset is None or offset % d.dtype.alignment: return d[()]
+    return np.memmap(path, d.dtype, 'c', offset, d.shape)      # c: nothing is ever written

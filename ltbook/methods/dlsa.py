@@ -19,7 +19,7 @@ from .label_space import dlsa_data, dlsa_network, dlsa_split, label_space, stage
 from .method import Context, Method, Published, Recipe, Settings, register
 from .routed_heads import (
     BestState, HeadBank, HeadPlan, LevelHead, RoutedRows, heads_stage, start_head)
-from ..models.flow_filter import FlowFilter, latent_plane, read_rows
+from ..models.flow_filter import FlowFilter, latent_plane, mean_and_deviation, read_rows
 from ..models.levels import (
     PairSampler, cluster_stats, cluster_table, good_clusters, keep_threshold, random_levels)
 from ..train.stage import Stage
@@ -107,8 +107,7 @@ def flow_stage(
     x, mine = train.features, (space.settle(train) == d).nonzero()[:, 0].to(train.features.device)
     y, n = train.labels[mine], len(mine)
     sampler, counts = PairSampler(y.cpu(), 1000*seed + d), torch.bincount(y, minlength=context.n_classes)
-    rows = x if n == len(x) or not s.standardize else x[mine]
-    moments = (rows.mean(0).cpu(), rows.std(0).cpu()) if s.standardize else None
+    moments = tuple(v.cpu() for v in mean_and_deviation(x, mine)) if s.standardize else None
     network = FlowFilter(x.shape[1], s.n_clusters, s.center_length, 1000*seed + d, moments,
                          s.hidden, s.n_blocks, s.scale_bound).to(x.device)
     space.filters.append(network)
@@ -160,11 +159,12 @@ def routed(
     out, rng = [], np.random.default_rng([context.recipe.seed, 3])
     for part in ('train', 'test'):
         rows = context.parts[f'{part}_features']
+        if kind in ('plain', 'regular'):
+            z, level = None if kind == 'plain' else rows.features, torch.zeros(len(rows), dtype=torch.int64)
+            out.append(RoutedRows(rows.features, rows.labels, level, z))
+            continue
         level = random_levels(len(rows), s.keep, s.depth, rng) if kind == 'random' else None
         r = space.route(rows.features, rows.labels, level, own=part == 'train')
-        if kind in ('plain', 'regular'):
-            r = replace(r, level=torch.zeros_like(r.level), prior=None,
-                        z=None if kind == 'plain' else rows.features)
         out.append(replace(r, prior=None) if kind == 'no_prior' else r)
     return tuple(out)
 
@@ -194,7 +194,7 @@ def bank_stage(
     one_of(kind, (*CONTROLS, 'dlsa'), 'kind of heads')
     s, space = context.settings, label_space(context)
     if kind != 'dlsa' and not s.controls: return None
-    space.settle(context.parts['train_features'])
+    if space.thresholds.isnan().any(): space.settle(context.parts['train_features'])
     (train, test), bank = routed(context, kind), make_bank(context, kind)
     last = len(bank.heads) - 1
     full = context.parts['train_features'].counts

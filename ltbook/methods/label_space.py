@@ -62,19 +62,18 @@ class LabelSpace(nn.Module):
         own: bool = False,  # whether these rows were counted in the tables
     ) -> RoutedRows:
         "Level, second input and cluster prior of every row."
-        latent = self.z_source == 'latent'
-        what = ('loglik', 'cluster', *(['latent'] if latent else []))
-        reads = [read_rows(f, x, what=what) for f in self.filters]
+        reads = [read_rows(f, x, what=('loglik', 'cluster')) for f in self.filters]
         if level is None:
             level = assign_levels([r['loglik'].double() for r in reads], self.thresholds.tolist(), len(x))
         if labels is None: labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        z, cluster = reads[-1]['latent'].clone() if latent else x, reads[-1]['cluster'].clone()
+        z, cluster = x if self.z_source == 'feature' else torch.empty_like(x), torch.empty_like(labels)
+        asked = level.clamp_max(len(reads) - 1)      # the rest asks the last filter
         for d, r in enumerate(reads):
-            mine = (level == d).nonzero()[:, 0].to(x.device)
+            mine = (asked == d).nonzero()[:, 0].to(x.device)
             cluster[mine] = r['cluster'][mine]
-            if latent: z[mine] = r['latent'][mine]
-        own = own and self.leave_one_out
-        prior = ClusterPrior(self.tables, level.to(x.device), cluster, labels if own else None)
+            if z is not x and len(mine): z[mine] = read_rows(self.filters[d], x, index=mine, what=('latent',))['latent']
+        prior = ClusterPrior(
+            self.tables, level.to(x.device), cluster, labels if own and self.leave_one_out else None)
         return RoutedRows(x, labels, level, z, prior)
 
     def forward(self, x: Tensor) -> Tensor: return self.bank.decide(self.route(x))

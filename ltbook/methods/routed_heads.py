@@ -136,12 +136,11 @@ class HeadBank(nn.Module):
         rows: RoutedRows,  # with levels
         level: int,  # whose rows and head
     ) -> Iterator[tuple[Tensor, Tensor]]:  # positions (n,) of some of its rows, and their logits (n, C)
-        "What one head says about the rows of its level, as many at once as 256 MB hold."
+        "What one head says about the rows of its level, so many at once that its inputs are 256 MB."
         head, mine = self.heads[level], (rows.level == level).nonzero()[:, 0].to(rows.x.device)
         size = max(1, 2**26//sum(p.shape[1] for p in head.parameters() if p.ndim == 2))
         for i in mine.split(size): yield i, head(rows.x[i], rows.extra(i, level, len(self.heads) - 1))
 
-    @torch.no_grad()
     def decide(
         self,
         rows: RoutedRows,  # with levels

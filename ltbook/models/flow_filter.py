@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'squared_distances', 'component_densities', 'log_likelihood', 'draw_centers', 'FlowFilter', 'row_batches',
-           'read_rows', 'latent_plane']
+           'read_rows', 'mean_and_deviation', 'latent_plane']
 
 # %% ../../nbs/models/16_flow_filter.ipynb #2fd9c6cd
 import math
@@ -117,6 +117,17 @@ def read_rows(
         for k in what: out[k][done:done + len(b[k])] = b[k]
         done += len(b['cluster'])
     return out
+
+# %% ../../nbs/models/16_flow_filter.ipynb #c3e19de6
+def mean_and_deviation(
+    x: Tensor,  # (N, D) features
+    index: Tensor,  # int64 (n,), two rows or more
+) -> tuple[Tensor, Tensor]:  # (D,) each
+    "Mean and standard deviation of every feature over some rows; nothing of the size of `x` is made."
+    if len(index) == len(x): return x.mean(0), x.std(0)      # each row once, in whatever order
+    pieces = index.split(max(1, min(4096, 2**20//x.shape[1])))
+    mean = sum(x[i].sum(0) for i in pieces)/len(index)
+    return mean, (sum(((x[i] - mean)**2).sum(0) for i in pieces)/(len(index) - 1)).sqrt()
 
 # %% ../../nbs/models/16_flow_filter.ipynb #654aff29
 def latent_plane(

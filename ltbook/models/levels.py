@@ -113,7 +113,7 @@ def cluster_prior(
 # %% ../../nbs/models/17_levels.ipynb #16afae37
 @dataclass(frozen=True)
 class ClusterPrior:
-    "Class histograms of rows by their level and cluster, indexed like a tensor (N, C) (Xu et al., ECCV 2022)."
+    "Class histograms of rows by their level and cluster, for slices and index tensors (Xu et al., ECCV 2022)."
     tables: Tensor  # (depth, K, C) counts over the train rows
     level: Tensor  # int64 (N,), 0..depth; a row of the rest has no histogram: zeros
     cluster: Tensor  # int64 (N,), of the filter of its level

@@ -74,7 +74,7 @@ def features_(
         soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #09b17ac8
-@verb('doctor', 'Data', 'birds', 'imagenet_lt --images archive.tar --lists lists')
+@verb('doctor', 'Data', 'birds', 'imagenet_lt --images imagenet --lists lists')
 def doctor_(
     what: Annotated[
         str, typer.Argument(help='data, features, the name of a data set, or of one with lists: imagenet_lt, …')],
@@ -109,7 +109,7 @@ def _doctor_large(name: str, images: Path | None, lists: Path | None, deep: bool
     for text in lines: console.print(text, soft_wrap=True)
     if not good: raise typer.Exit(1)
 
-@verb('pack', 'Data', 'imagenet_lt --images archive.tar --lists lists --size 256')
+@verb('pack', 'Data', 'imagenet_lt --images imagenet --lists lists --size 256')
 def pack_(
     name: Annotated[str, typer.Argument(help='imagenet_lt, places_lt, inaturalist2018, or a name of your own.')],
     images: Annotated[Path, typer.Option(help='Folder that the lists are relative to.')],

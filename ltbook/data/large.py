@@ -9,13 +9,14 @@ __all__ = ['IMAGENET', 'Listed', 'read_lists', 'describe_large', 'broken_files',
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from .checks import UserError, printable, writing
 from .files import file_set, missing_files
-from .lists import LARGE, ImageList, category_names, check_lists, find_lists, read_json_list, read_list
+from .lists import (
+    LARGE, ImageList, by_count, category_names, check_lists, find_lists, read_json_list, read_list)
 from .pack import pack, packing
 from .pictures import Reading, Seen, read_square
 from .stores import ImageSet
@@ -23,9 +24,10 @@ from .stores import ImageSet
 # %% ../../nbs/data/024_large.ipynb #6c56b439
 @dataclass(frozen=True)
 class Listed:
-    "The lists of a set, read and checked."
+    "The lists of a set, read and checked, with the largest class first."
     parts: dict[str, ImageList]  # train, and test or val, and perhaps more
-    classes: tuple[str, ...]  # names in the order of the ids
+    classes: tuple[str, ...]  # C names, by falling size of the class; where there are none, the ids of the lists
+    ids: np.ndarray  # int64 (C,), the id that each class has in the files
     layout: str  # in words; empty for a set of one's own
     @property
     def tested(self) -> str:
@@ -50,7 +52,10 @@ def read_lists(
     if not {'test', 'val'} & parts.keys():
         raise UserError(f'{lists} has a train list but none to test on; put the list of the '
                         f'{"val" if name.startswith("inat") else "test"} part there.')
-    return Listed(parts, _names(parts['train'], lists), layout)
+    names, ids = _names(parts['train'], lists), by_count(parts['train'].counts)
+    place = np.argsort(ids)      # where each id went
+    parts = {k: replace(part, labels=place[part.labels]) for k, part in parts.items()}
+    return Listed(parts, tuple(names[i] for i in ids), ids, layout)
 
 def _names(train: ImageList, lists: Path) -> tuple[str, ...]:
     "Names of the classes, in the order of their ids."
@@ -123,6 +128,7 @@ def pack_large(
     train, test = (file_set(listed.parts[k], images, listed.classes, reading, workers)
                    for k in ('train', listed.tested))
     return pack(Path(root)/f'{name}.h5', train, test, progress, **IMAGENET, pad=reading.side//8, flip=True,
+                ids=listed.ids.astype(np.int32),      # of the lists
                 source=f'lists of {name}: {listed.layout or Path(lists).name}, {reading.side} pixels')
 
 # %% ../../nbs/data/024_large.ipynb #7f4fef53

@@ -86,7 +86,11 @@ def category_names(
 ) -> tuple[str, ...]:  # C names, in the order of their ids
     "Names of iNaturalist's classes. Raises `UserError` where ids have gaps or names are missing."
     about = _json(path)
-    try: names = {c['id']: str(c['name']) for c in (about['categories'] if isinstance(about, dict) else about)}
+    names = {}
+    try:
+        for c in about['categories'] if isinstance(about, dict) else about:
+            if names.setdefault(c['id'], str(c['name'])) != str(c['name']):
+                raise UserError(f'{path} gives category {c["id"]} two names; correct the file.')
     except (KeyError, TypeError): names = {}
     if not names or sorted(names) != list(range(len(names))):
         raise UserError(f'{path} has no categories with ids 0, 1, 2, … and names; give the JSON of the competition.')

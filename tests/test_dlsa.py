@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ltbook.bench.training import child
 from ltbook.data.checks import UserError
 from ltbook.data.features import FeatureSet, check_features, read_features, write_features
 from ltbook.losses.flow_losses import BalanceLoss, likelihood_loss, purity_loss, tail_weights
@@ -329,24 +330,15 @@ def test_mapped_files_give_the_same_run(z_source, tmp_path):
 
 # a process that runs DLSA on feature files and prints the memory of its own before and at the most, in MB
 WATCHED = """
-import sys, threading, time
-from pathlib import Path
+import sys
+from ltbook.bench.training import memory, watch_memory
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
-def own():
-    line = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
-    return int(line.split()[1])/1024
-before = most = own()
-def look():
-    global most
-    while True:
-        most = max(most, own())
-        time.sleep(.02)
-threading.Thread(target=look, daemon=True).start()
+before, most = memory('RssAnon'), watch_memory(.02)
 r = recipe('dlsa', 'wide', profile='smoke', depth=2, n_clusters=20, hidden=16, n_blocks=1, standardize=True,
            flow_epochs=1, head_epochs=1, max_steps=3, flow_lr=.001)
 run(r, sys.argv[1] + '/runs', sys.argv[1], 'cpu', say=lambda text: None)
-print(before, most)
+print(before, most())
 """
 
 
@@ -358,9 +350,7 @@ def test_features_stay_in_their_file(tmp_path):
     for part, size in (('train', n), ('test', 3000)):
         batches = ((block + i/50, torch.arange(3000) % c) for i in range(size//3000))
         write_features(tmp_path/'wide'/f'feature_{part}.h5', batches, rows=size)
-    p = subprocess.run([sys.executable, '-c', WATCHED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
-    assert not p.returncode, p.stderr[-2000:]
-    before, most = map(float, p.stdout.split())
+    before, most = child(WATCHED, str(tmp_path))
     assert most - before < 300, (before, most)
 
 

@@ -102,22 +102,15 @@ def packed_row(
 # %% ../../nbs/bench/698_photographs.ipynb #f297d3fd
 # a process that trains on a packed set and prints the most memory it had
 WATCHED = """
-import sys, threading, time
-from pathlib import Path
-most = 0
-def look():
-    global most
-    while True:
-        line = next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon'))
-        most = max(most, int(line.split()[1])/1024)
-        time.sleep(.05)
-threading.Thread(target=look, daemon=True).start()
+import sys
+from ltbook.bench.training import watch_memory
+most = watch_memory()
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import run
 r = recipe('cross_entropy', 'noise', profile='smoke', epochs=1, max_steps=int(sys.argv[2]), backbone='resnet10',
            crop='resized', side=64, batch_size=64)
 run(r, sys.argv[1] + '/runs', sys.argv[1], 'cpu', say=lambda text: None)
-print(most)
+print(most())
 """
 
 def packed_memory_row(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMPORTS', 'NotRun', 'not_run', 'versus', 'step_rates', 'train_row', 'two_runs_row', 'three_experts_row',
-           'bilevel_row', 'flow_context', 'flow_row', 'step_flops', 'matmul_row', 'memory', 'free_memory',
-           'loop_memory', 'child', 'memory_row', 'import_row']
+           'bilevel_row', 'flow_context', 'flow_row', 'step_flops', 'matmul_row', 'memory', 'watch_memory',
+           'free_memory', 'loop_memory', 'child', 'memory_row', 'import_row']
 
 # %% ../../nbs/bench/690_training.ipynb #34e2d852
-import subprocess, sys
+import subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from threading import Thread
 import numpy as np, torch
 from ..data.features import FeatureSet
 from ..data.images import ImageData
@@ -182,12 +183,25 @@ def matmul_row(
 
 # %% ../../nbs/bench/690_training.ipynb #fd69562f
 def memory(
-    what: str = 'VmHWM',  # the highest so far, or VmRSS: now
+    what: str = 'VmHWM',  # the highest so far; VmRSS: now; RssAnon: now, without pages of files
 ) -> float:  # MB
     "Memory of this process. Raises `NotRun` on a system that doesn't tell."
     try: lines = Path('/proc/self/status').read_text().splitlines()
     except OSError: raise NotRun('this system does not say how much memory a process holds') from None
     return next(int(line.split()[1]) for line in lines if line.startswith(what))/1024
+
+def watch_memory(
+    seconds: float = .05,  # between two looks
+) -> Callable[[], float]:  # gives the most so far, MB
+    "Look again and again, from a thread, at what this process holds without pages of files. Raises as `memory`."
+    most = memory('RssAnon')
+    def look():
+        nonlocal most
+        while True:
+            most = max(most, memory('RssAnon'))
+            time.sleep(seconds)
+    Thread(target=look, daemon=True).start()
+    return lambda: most
 
 def free_memory() -> float:  # MB
     "Memory that is free on this machine; 4 GB where the system doesn't tell."

@@ -83,6 +83,10 @@ class FlowFilter(nn.Module):
 # what a filter says about a row
 READINGS = ('loglik', 'cluster', 'latent', 'confidence')
 
+def _some(n_features: int) -> int:
+    "Rows that are read at once: as many as 4 MB hold, at most 4096."
+    return max(1, min(4096, 2**20//n_features))
+
 @torch.no_grad()
 def row_batches(
     network: FlowFilter,  # put into eval mode for every batch
@@ -91,7 +95,7 @@ def row_batches(
     batch_size: int | None = None,  # rows at once; None is as many as 4 MB hold, at most 4096
 ) -> Iterator[dict[str, Tensor]]:  # loglik (B,), cluster (B,) int64, latent (B, D), confidence (B,) of the cluster
     "Likelihood, cluster and latent of rows, a batch at a time."
-    batch_size = batch_size or max(1, min(4096, 2**20//x.shape[1]))
+    batch_size = batch_size or _some(x.shape[1])
     for rows in x.split(batch_size) if index is None else (x[i] for i in index.split(batch_size)):
         mode = network.training
         u, log_det = network.eval().latent(rows)
@@ -125,7 +129,7 @@ def mean_and_deviation(
 ) -> tuple[Tensor, Tensor]:  # (D,) each
     "Mean and standard deviation of every feature over some rows; nothing of the size of `x` is made."
     if len(index) == len(x): return x.mean(0), x.std(0)      # each row once, in whatever order
-    pieces = index.split(max(1, min(4096, 2**20//x.shape[1])))
+    pieces = index.split(_some(x.shape[1]))
     mean = sum(x[i].sum(0) for i in pieces)/len(index)
     return mean, (sum(((x[i] - mean)**2).sum(0) for i in pieces)/(len(index) - 1)).sqrt()
 

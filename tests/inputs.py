@@ -200,7 +200,7 @@ INPUTS = [
     Input('folders', 'a folder a class', AS_IS, '', tree(a=4, b=3)),
     Input('folders', 'train/ and test/', AS_IS, '', tree(train__a=2, train__b=2, test__a=1, test__b=1)),
     Input('folders', 'train/ and val/', SAID, 'part for testing', tree(train__a=2, train__b=2, val__a=1, val__b=1)),
-    Input('folders', 'train/, val/ and test/', SAID, 'left aside',
+    Input('folders', 'train/, val/ and test/', SAID, 'to validate on',
           tree(train__a=2, train__b=2, val__a=1, val__b=1, test__a=1, test__b=1)),
     Input('folders', 'a class without pictures to test', SAID, 'No pictures to test b',
           tree(train__a=2, train__b=2, train__c=2, test__a=1, test__c=1)),

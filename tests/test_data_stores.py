@@ -21,7 +21,7 @@ def good(tmp_path): return write_h5(tmp_path/'good.h5', some(), some(6, seed=1))
 @pytest.mark.parametrize('channels', [1, 3])
 def test_round_trip(tmp_path, channels):
     a, b = some(channels=channels), some(6, channels=channels, seed=1)
-    train, test, attrs = read_h5(
+    train, test, _, attrs = read_h5(
         write_h5(tmp_path/'deep' / 'er' / 'x.h5', a, b, mean=[0.1] * channels, flip=True, pad=2, source='äöü'))
     for got, want in ((train, a), (test, b)):
         assert (
@@ -46,7 +46,7 @@ def test_reads_compressed_files_with_byte_names(tmp_path):
         for p in ('train', 'test'):
             f.create_dataset(f'{p}/images', data=a.images.numpy(), compression='gzip', chunks=(4, 6, 6, 3))
             f[f'{p}/labels'] = a.labels.numpy()
-    train, _, _ = read_h5(tmp_path/'z.h5')
+    train = read_h5(tmp_path/'z.h5')[0]
     assert torch.equal(train.images, a.images) and train.classes == ('a', 'b', 'c')
 
 @pytest.mark.parametrize('part', [0, .01, .3, .5, .9, .999])
@@ -149,7 +149,7 @@ def picture(path, value, size=(9, 7)):
 def test_folder_of_class_folders(tmp_path):
     for c, n in (('b', 10), ('a', 3)):
         for i in range(n): picture(tmp_path/'src'/c/f'{i}.png', i + 100 * (c == 'b'))
-    train, test, attrs = read_h5(import_folder(tmp_path/'src', 'own', tmp_path/'root', size=8))
+    train, test, _, attrs = read_h5(import_folder(tmp_path/'src', 'own', tmp_path/'root', size=8))
     assert train.classes == ('a', 'b') and train.counts.tolist() == [2, 8] and test.counts.tolist() == [1, 2]
     seen = sorted(torch.cat([train.images, test.images])[:, 0, 0, 0].tolist())
     assert seen == [0, 1, 2, *range(100, 110)]  # every picture in one part only
@@ -163,7 +163,7 @@ def test_folder_with_train_and_test(tmp_path):
     for part, n in (('train', 3), ('test', 2)):
         for c in 'ab':
             for i in range(n): picture(tmp_path/'src'/part/c/f'{i}.png', i)
-    train, test, _ = read_h5(import_folder(tmp_path/'src', 'own', tmp_path))
+    train, test, _, _ = read_h5(import_folder(tmp_path/'src', 'own', tmp_path))
     assert train.counts.tolist() == [3, 3] and test.counts.tolist() == [2, 2]
     picture(tmp_path/'src'/'test'/'c'/'0.png', 1)
     with pytest.raises(UserError, match='classes that .* lacks: c'): import_folder(tmp_path/'src', 'other', tmp_path)

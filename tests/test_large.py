@@ -1,6 +1,7 @@
 "Large sets: the same numbers by every path, real lists, packing that is killed, full disks, two processes"
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from ltbook.cli.main import app
 from ltbook.data.checks import UserError
 from ltbook.data.files import FileStore, file_set
 from ltbook.data.images import ImageData, data_root, load_images
-from ltbook.data.large import pack_large, read_lists
+from ltbook.data.large import declare_files, pack_large, read_lists
 from ltbook.data.lists import ImageList, by_count, category_names, read_list, recognised
 from ltbook.data.pack import pack
 from ltbook.data.pictures import Reading
@@ -156,6 +157,48 @@ def test_other_pictures_are_not_mixed_with_what_was_packed(photographs, tmp_path
     other, told = ImageSet(train.store, train.labels.flip(0), train.classes), []
     pack(tmp_path/'x.h5', other, test, lambda done, of: told.append(done))
     assert told[0] == 10 and torch.equal(read_h5(tmp_path/'x.h5')[0].labels, other.labels)
+
+
+def with_validation(photographs, top):
+    "The same photographs and lists, and a third list of two pictures a class"
+    images, lists = top/'images', top/'lists'
+    shutil.copytree(photographs[1], lists)
+    lines = []
+    for part in ('train', 'test'): shutil.copytree(photographs[0]/part, images/part)
+    for k in range(4):
+        for i in range(2):
+            file = images/'train'/f'kind {k}'/f'v{i}.png'
+            Image.new('RGB', (32, 32), (60*k, 90*i, 9)).save(file)
+            lines.append(f'{file.relative_to(images)} {k}\n')
+    (lists/'val.txt').write_text(''.join(lines))
+    return images, lists
+
+
+def test_a_validation_list_becomes_a_third_part(photographs, tmp_path, monkeypatch):
+    "Packed with a stop on the way, and left as files; it is neither trained nor tested on"
+    images, lists = with_validation(photographs, tmp_path)
+    pack_large('once', images, lists, tmp_path/'d', Reading(16))
+    once = load_images('once', tmp_path/'d')
+    assert once.val.counts.tolist() == [2]*4 and len(once.train) == 82 and len(once.test) == 24
+    monkeypatch.setattr(packing, 'PIECE', 5)
+    class Stop(Exception): pass
+    def stop(done, of):
+        assert of == 82 + 24 + 8
+        if done > 106: raise Stop
+    with pytest.raises(Stop): pack_large('twice', images, lists, tmp_path/'d', Reading(16), progress=stop)
+    told = []
+    pack_large('twice', images, lists, tmp_path/'d', Reading(16), progress=lambda done, of: told.append(done))
+    assert told == [114], 'five of the validation images were there'
+    declare_files('files', images, lists, tmp_path/'d', Reading(16))
+    for name in ('twice', 'files'):
+        other = load_images(name, tmp_path/'d')
+        assert {k: p.sha256() for k, p in other.parts.items()} == {k: p.sha256() for k, p in once.parts.items()}
+    p = CliRunner().invoke(app, ['doctor', 'files', '--data-root', str(tmp_path/'d')], env=dict(COLUMNS='200'))
+    assert 'val    8 images' in p.output and p.exit_code == 0
+    r = recipe('difficulty_net', 'once', n_meta=1, auto_augment=False, cutout_side=0)
+    context = make_context(r, tmp_path/'d')
+    assert {k: len(p) for k, p in context.parts.items()} == dict(train=82, meta=4, val=4, test=24)
+    assert context.tail.of == 'val'
 
 
 def test_two_processes_pack_one_file(photographs, tmp_path):

@@ -146,7 +146,7 @@ def test_broken_pictures(kind, tmp_path):
         import_folder(tmp_path / 's', 'x', tmp_path)
     assert not (tmp_path/'x.h5').exists()
     said = []
-    train, test, _ = read_h5(import_folder(tmp_path/'s', 'x', tmp_path, skip_broken=True, say=said.append))
+    train, test, _, _ = read_h5(import_folder(tmp_path/'s', 'x', tmp_path, skip_broken=True, say=said.append))
     assert len(train) + len(test) == 8 and any('Left out' in text and 'bad.png' in text for text in said)
 
 
@@ -167,7 +167,7 @@ def test_what_systems_leave_behind(tmp_path):
     for name in ('__MACOSX/a', '.git/a', '@eaDir/a'):
         (tmp_path/'s'/name).mkdir(parents=True)
         (tmp_path/'s'/name/'._0.png').write_bytes(b'x')
-    train, test, _ = read_h5(import_folder(tmp_path/'s', 'x', tmp_path))
+    train, test, _, _ = read_h5(import_folder(tmp_path/'s', 'x', tmp_path))
     assert train.classes == ('a', 'b') and train.counts.tolist() == [2, 2] and test.counts.tolist() == [1, 1]
 
 
@@ -177,7 +177,7 @@ def test_what_systems_leave_behind(tmp_path):
         (['train', 'test'], 'test', ''),
         (['train', 'val'], 'val', 'val/ is the part for testing'),
         (['train', 'validation'], 'validation', 'validation/ is the part'),
-        (['train', 'val', 'test'], 'test', 'val/ is left aside')])
+        (['train', 'val', 'test'], 'test', 'val/ is kept')])
 def test_layouts(tmp_path, names, tested, said):
     for k, part in enumerate(names):
         for c in 'ab':
@@ -185,9 +185,10 @@ def test_layouts(tmp_path, names, tested, said):
                 save(tmp_path / 's' / part / c / f'{i}.png', 10 * k)
     save(tmp_path / 's' / 'train' / 'c' / '0.png')
     heard = []
-    train, test, _ = read_h5(import_folder(tmp_path / 's', 'x', tmp_path, say=heard.append))
+    train, test, val, _ = read_h5(import_folder(tmp_path / 's', 'x', tmp_path, say=heard.append))
     n = 2 + names.index(tested)
     assert train.counts.tolist() == [2, 2, 1] and test.counts.tolist() == [n, n, 0]
+    assert (val.counts.tolist() if val else None) == ([3, 3, 0] if len(names) == 3 else None)
     assert said in '\n'.join(heard) and 'No pictures to test c' in '\n'.join(heard)
 
 

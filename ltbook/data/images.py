@@ -16,7 +16,7 @@ from .checks import UserError, check_name, one_of, printable
 from .fingerprint import copies_sentences, find_copies
 from .large import load_files
 from .lists import LARGE
-from .stores import ImageSet, read_h5, write_h5
+from .stores import ImageSet, named_parts, read_h5, write_h5
 
 # %% ../../nbs/data/03_images.ipynb #13719399
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,7 @@ class ImageData:
     flip: bool  # whether to mirror at random
     imbalance: float | None  # usual imbalance factor; None: the data are used as they are
     source: str  # where the images came from
+    val: ImageSet | None = None  # validation images, apart from both; most sets have none
     @property
     def mean(self) -> tuple[float, ...]:
         "Of each channel, in [0, 1]; empty for features."
@@ -38,8 +39,12 @@ class ImageData:
         "Of each channel, in [0, 1]; empty for features."
         return getattr(self.train, 'std', ())
     def to(self, device) -> 'ImageData':
-        "The same with both parts on a `device`."
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        "The same with all parts on a `device`."
+        return replace(self, **{k: p.to(device) for k, p in self.parts.items()})
+    @property
+    def parts(self) -> dict[str, ImageSet]:
+        "train, test, and val where there is one."
+        return named_parts(self.train, self.test, self.val)
 
 # %% ../../nbs/data/03_images.ipynb #a449f329
 _CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), pad=4, flip=True, imbalance=100.)
@@ -210,23 +215,23 @@ def load_images(
 ) -> ImageData:  # the whole, not yet long-tailed, data set in CPU memory
     "Load a data set by name; `UserError` for an unknown name, a damaged file or a failed download."
     path = data_root(root)/f"{check_name(name, 'data set')}.h5"
-    if name == 'digits': (train, test), attrs = _digits(), dict(source='scikit-learn')
+    if name == 'digits': (train, test), val, attrs = _digits(), None, dict(source='scikit-learn')
     else:
         files = path.with_name(f'{name}.files.json')
         if name not in DATASETS and not path.is_file() and not files.is_file():
             words = f'import FOLDER {shlex.quote(name)}'
             if name in LARGE: words = f'pack {name} --images FOLDER --lists FOLDER'
             one_of(name, {*DATASETS, *own_sets(root)}, 'data set', f'Pictures become one with: ltbook {words}')
-        if files.is_file() and not path.is_file(): train, test, attrs = load_files(files)
+        if files.is_file() and not path.is_file(): train, test, val, attrs = load_files(files)
         else:
             if not path.is_file() and not _from_official(name, path): _download_cifar(name, path)
-            train, test, attrs = read_h5(path)
+            train, test, val, attrs = read_h5(path)
     known = dict(DATASETS.get(name) or _own(train, attrs))
     if train.n_classes != known.pop('n_classes', train.n_classes):
         raise UserError(f'{path} has {train.n_classes} classes and is not {name}; rename it.')
     moments = {k: known.pop(k) for k in ('mean', 'std')}
-    train, test = (replace(p, **moments).knowing(p.rows) for p in (train, test))
-    return ImageData(name, train, test, **known, source=str(attrs.get('source', f'{name}.h5')))
+    train, test, val = (None if p is None else replace(p, **moments).knowing(p.rows) for p in (train, test, val))
+    return ImageData(name, train, test, **known, val=val, source=str(attrs.get('source', f'{name}.h5')))
 
 def own_sets(
     root: str | Path | None = None,  # folder of the data sets, see `data_root`
@@ -239,8 +244,12 @@ def copies_in(
     data: ImageData,  # images, or features
 ) -> list[str]:  # one sentence each; empty where no image is there twice
     "Equal images within and across the parts."
-    parts = [(p.rows, p.labels.cpu().numpy()) for p in (data.train, data.test)]
-    return copies_sentences(find_copies(*parts[0], *parts[1]))
+    parts = {k: (p.rows, p.labels.cpu().numpy()) for k, p in data.parts.items()}
+    told = copies_sentences(find_copies(*parts['train'], *parts['test']))
+    for k in ('train', 'test') if 'val' in parts else ():
+        if n := find_copies(*parts[k], *parts['val'])['test_in_train']:
+            told.append(f'{n} of the validation images equal a {k} image: remove them from one of the two parts.')
+    return told
 
 def describe_data(
     name: str,  # of a data set
@@ -251,7 +260,7 @@ def describe_data(
     def line(k, p):
         return (f'{k:6} {len(p)} images, {p.n_classes} classes, {p.counts.max()} to '
                 f'{p.counts.min()} a class, sha256 {p.sha256()}')
-    return [line('train', data.train), line('test', data.test), *(copies_in(data) or ['No image is there twice.'])]
+    return [*(line(k, p) for k, p in data.parts.items()), *(copies_in(data) or ['No image is there twice.'])]
 
 def _own(train, attrs):
     "Constants of a file of one's own: its attributes, or what the training part says"

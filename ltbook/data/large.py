@@ -30,9 +30,10 @@ class Listed:
     ids: np.ndarray  # int64 (C,), the id that each class has in the files
     layout: str  # in words; empty for a set of one's own
     @property
-    def tested(self) -> str:
-        "The part to test on."
-        return 'test' if 'test' in self.parts else 'val'
+    def roles(self) -> dict[str, str]:
+        "Part of a data set -> the list it is made of: the validation list tests where there is no test list."
+        if 'test' not in self.parts: return dict(train='train', test='val')
+        return {k: k for k in ('train', 'test', 'val') if k in self.parts}
 
 def read_lists(
     name: str,  # a key of `LARGE`, or any other name for a set of one's own
@@ -125,9 +126,8 @@ def pack_large(
 ) -> Path:  # the written file
     "Pack a set from its lists. Raises `UserError` for lists, pictures and disks that won't do."
     listed = read_lists(name, lists)
-    train, test = (file_set(listed.parts[k], images, listed.classes, reading, workers)
-                   for k in ('train', listed.tested))
-    return pack(Path(root)/f'{name}.h5', train, test, progress, **IMAGENET, pad=reading.side//8, flip=True,
+    parts = {k: file_set(listed.parts[v], images, listed.classes, reading, workers) for k, v in listed.roles.items()}
+    return pack(Path(root)/f'{name}.h5', **parts, progress=progress, **IMAGENET, pad=reading.side//8, flip=True,
                 ids=listed.ids.astype(np.int32),      # of the lists
                 source=f'lists of {name}: {listed.layout or Path(lists).name}, {reading.side} pixels')
 
@@ -151,7 +151,7 @@ def declare_files(
 ) -> Path:  # the declaration
     "Make a data set of pictures where they are. Raises `UserError` for lists that won't do and missing pictures."
     listed, path = read_lists(name, lists), Path(root)/f'{name}.files.json'
-    for k in ('train', listed.tested): file_set(listed.parts[k], images, listed.classes, reading)
+    for k in listed.roles.values(): file_set(listed.parts[k], images, listed.classes, reading)
     told = _Declared(name=name, images=str(Path(images).absolute()), lists=str(Path(lists).absolute()),
                      side=reading.side, fit=reading.fit or 'crop', background=reading.background)
     with writing(path):
@@ -163,27 +163,29 @@ def declare_files(
 
 def load_files(
     path: str | Path,  # a declaration
-) -> tuple[ImageSet, ImageSet, dict]:  # train, test, and attributes as `ltbook.data.stores.read_h5` gives them
+# train, test, val (None where there is none), and attributes, as `ltbook.data.stores.read_h5` gives them
+) -> tuple[ImageSet, ImageSet, ImageSet | None, dict]:
     "The set of a declaration. Raises `UserError` for one that is damaged, and as `read_lists` and `file_set`."
     try: told = _Declared.model_validate_json(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
         raise UserError(f'{path} is no declaration of files; write it again with: ltbook pack … --as-files') from e
     listed, reading = read_lists(told.name, told.lists), Reading(told.side, told.fit, told.background)
-    parts = [file_set(listed.parts[k], told.images, listed.classes, reading) for k in ('train', listed.tested)]
+    parts = {k: file_set(listed.parts[v], told.images, listed.classes, reading) for k, v in listed.roles.items()}
     rows = _kept(Path(path), parts)
     attrs = {k: list(v) for k, v in IMAGENET.items()}
     attrs |= dict(pad=told.side//8, flip=True, source=f'files of {told.name}')
-    return *(p.knowing(r) for p, r in zip(parts, rows)), attrs
+    known = {k: p.knowing(rows[k]) for k, p in parts.items()}
+    return known['train'], known['test'], known.get('val'), attrs
 
-def _kept(path: Path, parts: list[ImageSet]) -> list[np.ndarray]:
+def _kept(path: Path, parts: dict[str, ImageSet]) -> dict[str, np.ndarray]:
     "Hashes of all pictures, from the file beside the declaration or made and kept there."
-    beside, what = path.with_name(f'.{path.name}.rows.npz'), packing(*parts)
+    beside, what = path.with_name(f'.{path.name}.rows.npz'), packing(parts.values())
     with suppress(Exception), np.load(beside, allow_pickle=False) as f:
-        rows = [f['train'], f['test']]
-        if str(f['what']) == what and [r.shape for r in rows] == [(len(p), 32) for p in parts]: return rows
-    rows = [p.rows for p in parts]
+        rows = {k: f[k] for k in parts}
+        if str(f['what']) == what and all(rows[k].shape == (len(p), 32) for k, p in parts.items()): return rows
+    rows = {k: p.rows for k, p in parts.items()}
     part = beside.with_name(f'{beside.name}.{os.getpid()}.part')
     with suppress(OSError):
-        with part.open('wb') as f: np.savez(f, what=np.array(what), train=rows[0], test=rows[1])
+        with part.open('wb') as f: np.savez(f, what=np.array(what), **rows)
         part.replace(beside)
     return rows

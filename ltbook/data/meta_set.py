@@ -18,17 +18,19 @@ from .profile import LongTail, long_tail_counts
 class MetaTail(LongTail):
     "A long tail and a balanced set apart from it. Raises `UserError` if an image is in both."
     meta: np.ndarray  # int64 (M,), positions in the full set, class after class
+    of: str = 'train'  # the part of the data set that `meta` is taken from: train or val
 
     def __post_init__(self):
-        both = np.intersect1d(self.indices, self.meta)
+        both = np.intersect1d(self.indices, self.meta) if self.of == 'train' else ()
         if len(both):
             raise UserError(f'The meta set overlaps the training images: position {both[0]} is in both '
                             f'({len(both)} in all). Put aside images that are not trained on.')
 
     def to_dict(self) -> dict:
         "As for a long tail, with size and fingerprint of the meta set; fit for JSON."
-        return super().to_dict() | dict(
-            meta=dict(n=len(self.meta), sha256=hashlib.sha256(self.meta.astype('<i8').tobytes()).hexdigest()))
+        sha256 = hashlib.sha256(self.meta.astype('<i8').tobytes()).hexdigest()
+        place = {} if self.of == 'train' else dict(part=self.of)
+        return super().to_dict() | dict(meta=dict(n=len(self.meta), sha256=sha256) | place)
 
 # %% ../../nbs/data/092_meta_set.ipynb #6915b394
 def meta_tail(
@@ -36,27 +38,29 @@ def meta_tail(
     imbalance: float | None = None,  # largest over smallest class; None keeps the whole pool
     n_meta: int = 25,  # images of every class to put aside
     kind: str = 'exp',  # "exp" or "step"
+    val=None,  # (m,) ints, labels of the validation part, where the set has one: the meta images are of this part
 ) -> MetaTail:  # what is trained on, and what is put aside
     ("The last images of every class apart, the first ones of the others as a long "
      "tail. Raises `UserError` where a class is too small.")
-    labels = np.asarray(labels)
+    labels, apart = np.asarray(labels), val is not None
     have = np.bincount(labels)
     if n_meta < 1: raise UserError(f'Every class needs a meta image, got n_meta={n_meta}: use at least 1.')
-    if have.min() <= n_meta:
-        raise UserError(f'Class {have.argmin()} has {have.min()} images, too few to put {n_meta} '
-                        'aside and train on the rest: use a smaller n_meta.')
-    counts = (
-        have - n_meta
-        if imbalance is None
-        else long_tail_counts(float(have.min() - n_meta), len(have), imbalance, kind))
-    where = [np.flatnonzero(labels == k).astype(np.int64) for k in range(len(have))]
+    pool = np.asarray(val) if apart else labels
+    there = np.bincount(pool, minlength=len(have))
+    if there.min() < n_meta + (not apart):
+        raise UserError(f'Class {there.argmin()} has {there.min()} {"validation " if apart else ""}images, too few to '
+                        f'put {n_meta} aside{"" if apart else " and train on the rest"}: use a smaller n_meta.')
+    most = have if apart else have - n_meta
+    counts = most if imbalance is None else long_tail_counts(float(most.min()), len(have), imbalance, kind)
+    def where(y): return [np.flatnonzero(y == k).astype(np.int64) for k in range(len(have))]
     return MetaTail(
-        np.concatenate([w[:n] for w, n in zip(where, counts)]),
+        np.concatenate([w[:n] for w, n in zip(where(labels), counts)]),
         counts.astype(np.int64),
         imbalance,
         kind if imbalance else 'all',
         0,
-        meta=np.concatenate([w[-n_meta:] for w in where]))
+        meta=np.concatenate([w[-n_meta:] for w in where(pool)]),
+        of='val' if apart else 'train')
 
 # %% ../../nbs/data/092_meta_set.ipynb #52ad469e
 def halves(

@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'packing', 'pack']
 
 # %% ../../nbs/data/023_pack.ipynb #1768e496
 import hashlib, json, os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 import h5py
@@ -15,16 +15,15 @@ import torch
 from filelock import FileLock, Timeout
 from .checks import UserError, writing
 from .files import FileStore
-from .stores import ImageSet
+from .stores import ImageSet, named_parts
 
 # %% ../../nbs/data/023_pack.ipynb #07f9d80e
 def packing(
-    train: ImageSet,  # of a `FileStore`
-    test: ImageSet,  # of a `FileStore`
+    parts: Iterable[ImageSet],  # of a `FileStore` each
 ) -> str:  # 64 hexadecimal digits
     "What a packed file is made of, without reading a picture. Raises `UserError` for a missing file."
     h = hashlib.sha256()
-    for part in (train, test):
+    for part in parts:
         store = part.store if part.at is None else part.store[part.at]
         h.update(repr((part.classes, store.reading, store.scale)).encode())
         for file, label in zip(store.files, part.labels.tolist()):
@@ -41,20 +40,21 @@ def pack(
     train: ImageSet,  # of a `FileStore`
     test: ImageSet,  # of a `FileStore`, same classes
     progress: Callable[[int, int], None] = lambda done, of: None,  # told how many images are done
+    val: ImageSet | None = None,  # of a `FileStore`, same classes; most sets have none
     **attrs,  # optional attributes: mean, std, pad, flip, source
 ) -> Path:  # `path`
     "Pack a set, or go on packing it. Raises `UserError` for broken pictures, a full disk, and a second process."
     path = Path(path)
     part, note = path.with_name(f'.{path.name}.part'), path.with_name(f'.{path.name}.note.json')
-    if train.classes != test.classes: raise UserError('Both parts must have the same classes in the same order.')
+    parts = named_parts(train, test, val)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(path.with_name(f'.{path.name}.lock'), timeout=0):
-                what = packing(train, test)
+                what = packing(parts.values())
                 done = _done(part, note, what)
-                if not done: _make_room(part, train, test, attrs)
-                _fill(part, note, what, done, train, test, progress)
+                if not done: _make_room(part, parts, attrs)
+                _fill(part, note, what, done, parts, progress)
                 part.replace(path)
                 note.unlink(missing_ok=True)
         except Timeout: raise UserError(f'{path} is being packed by another process; wait for it.') from None
@@ -67,12 +67,12 @@ def _done(part: Path, note: Path, what: str) -> int:
         if told['what'] == what and part.stat().st_size == told['size']: return int(told['done'])
     return 0
 
-def _make_room(part: Path, train: ImageSet, test: ImageSet, attrs: dict) -> None:
+def _make_room(part: Path, parts: dict[str, ImageSet], attrs: dict) -> None:
     "The file with everything but the pixels. Raises `OSError` where there is no room for them."
     with h5py.File(part, 'w') as f:
-        f.create_dataset('classes', data=list(train.classes), dtype=h5py.string_dtype())
+        f.create_dataset('classes', data=list(parts['train'].classes), dtype=h5py.string_dtype())
         for k, v in attrs.items(): f.attrs[k] = v
-        for name, data in (('train', train), ('test', test)):
+        for name, data in parts.items():
             f[f'{name}/labels'] = data.labels.numpy()
             space = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             space.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -83,12 +83,12 @@ def _make_room(part: Path, train: ImageSet, test: ImageSet, attrs: dict) -> None
     with part.open('r+b') as f:
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
 
-def _fill(part, note, what, done, train, test, progress):
+def _fill(part, note, what, done, parts, progress):
     "The pixels, piece by piece, into their places."
-    with h5py.File(part) as f: places = [f[f'{k}/images'].id.get_offset() for k in ('train', 'test')]
-    size, total, before = part.stat().st_size, len(train) + len(test), 0
+    with h5py.File(part) as f: places = [f[f'{k}/images'].id.get_offset() for k in parts]
+    size, total, before = part.stat().st_size, sum(map(len, parts.values())), 0
     with part.open('r+b') as f:
-        for data, place in zip((train, test), places):
+        for data, place in zip(parts.values(), places):
             for i in range(max(done - before, 0), len(data), PIECE):
                 rows = data.gather(torch.arange(i, min(i + PIECE, len(data)))).numpy()
                 f.seek(place + i*rows[0].size)

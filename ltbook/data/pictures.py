@@ -122,7 +122,7 @@ def find_parts(
     test_fraction: float = 0.2,  # of every class, in (0, 1), where there is no part for testing
     seed: int = 0,  # of that choice
     say: Callable[[str], None] = lambda text: None,  # told what was decided
-) -> tuple[dict, dict]:  # class name -> files, for training and for testing
+) -> dict[str, dict[str, list[Path]]]:  # train, test, and val where there are all three: class name -> files
     "Which pictures train and which test. Raises `UserError` for classes that cannot be trained on."
     found = read_table(folder) if folder.is_file() else {}
     vals = [d for d in ('val', 'validation', 'valid') if d in found or (folder/d).is_dir()]
@@ -132,16 +132,21 @@ def find_parts(
         for part in found.values(): whole = {k: sorted(whole.get(k, []) + part.get(k, [])) for k in {**whole, **part}}
         if len(whole) < 2: raise UserError(f'{folder} names 1 class, and there must be at least 2: add another one.')
         return _cut(whole, folder, test_fraction, np.random.default_rng(seed), say)
-    name = 'test' if 'test' in named else vals[0]
-    if name != 'test': say(f'{name}/ is the part for testing.')
-    elif vals: say(f'{vals[0]}/ is left aside: the test part is test/.')
-    train, test = (found[k] if found else class_folders(folder/k) for k in ('train', name))
-    if odd := sorted(test.keys() - train.keys()):
-        raise UserError(f'{folder/name} has classes that {folder/"train"} lacks: {_some(odd)}; add or remove them.')
+    places = dict(train='train', test='test' if 'test' in named else vals[0])
+    if 'test' not in named: say(f'{vals[0]}/ is the part for testing.')
+    elif vals:
+        places['val'] = vals[0]
+        say(f'{vals[0]}/ is kept for methods that need images to validate on; the test part is test/.')
+    parts = {k: found[name] if found else class_folders(folder/name) for k, name in places.items()}
+    train, test = parts['train'], parts['test']
+    for k, part in parts.items():
+        if odd := sorted(part.keys() - train.keys()):
+            raise UserError(f'{folder/places[k]} has classes that {folder/"train"} lacks: {_some(odd)}; '
+                            'add or remove them.')
     if none := [c for c, files in train.items() if not files]: raise _no_pictures(folder/'train', none)
     if untested := [c for c in train if not test.get(c)]:
         say(f'No pictures to test {_some(untested)}: such a class counts in no accuracy.')
-    return train, {c: test.get(c, []) for c in train}
+    return {k: {c: part.get(c, []) for c in train} for k, part in parts.items()}
 
 def _cut(classes, folder, fraction, rng, say):
     "A share of every class put aside for testing; a class of one picture only trains."
@@ -152,7 +157,7 @@ def _cut(classes, folder, fraction, rng, say):
         test[c], train[c] = [files[i] for i in sorted(order[:n])], [files[i] for i in sorted(order[n:])]
     if single := [c for c, files in test.items() if not files]:
         say(f'One picture each, which trains and is not tested: {_some(single)}.')
-    return train, test
+    return dict(train=train, test=test)
 
 def _no_pictures(folder, none):
     return UserError(f'{folder}: no pictures ({", ".join(sorted(SUFFIXES))}) in {_some(none)}; '

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.views import PlainView
 from ..data.checks import UserError
 from ..data.images import ImageData
-from ..data.parts import class_splits, expert_part, expert_positions, held_out_counts, hold_out, reserve
+from ..data.parts import class_splits, expert_part, expert_positions, held_out_counts, hold_out, with_validation
 from ..data.profile import LongTail, long_tail
 from ..data.sampling import InstanceBalanced
 from ..data.stores import ImageSet
@@ -83,9 +83,7 @@ def experts_split(
         whole = data.train.subset(tail.indices)
         kept, held = hold_out(whole.labels, held_out_counts(tail.counts), r.data_seed)
         train, val = whole.subset(kept), whole.subset(held)
-    else:
-        tail, aside = reserve(data.train.labels, r.imbalance, r.long_tail, r.data_seed)
-        train, val = data.train.subset(tail.indices), data.train.subset(aside)
+    else: train, val, tail = with_validation(data, r.imbalance, r.long_tail, r.data_seed)
     for ids, ratio in zip(expert_classes(r, tail.counts), s.ratios):
         if ids is not None: expert_positions(train.labels, ids, ratio)
     return dict(train=train, val=val, test=data.test), tail

@@ -50,13 +50,14 @@ def meta_split(
     recipe,  # with imbalance, long_tail and settings
     data: ImageData,  # whole data set
 ) -> tuple[dict[str, ImageSet], MetaTail]:  # parts train, meta, val, test; images kept and put aside
-    "A long tail and, apart from it, a balanced set. Raises `UserError` where a class is too small."
+    ("A long tail and, apart from it, a balanced set: of the validation part, where the data set has one, else of train. "
+     "Raises `UserError` where a class is too small.")
     if recipe.data_seed:
         raise UserError('Nothing is drawn by lot here: the first and the last images of a class are taken. '
                         f'Leave data_seed out (got {recipe.data_seed}).')
-    s, tail = recipe.settings, meta_tail(
-        data.train.labels, recipe.imbalance, recipe.settings.n_meta, recipe.long_tail)
-    aside = data.train.subset(tail.meta)
+    s, val = recipe.settings, None if data.val is None else data.val.labels
+    tail = meta_tail(data.train.labels, recipe.imbalance, s.n_meta, recipe.long_tail, val)
+    aside = data.parts[tail.of].subset(tail.meta)
     first, rest = halves(aside.labels, s.meta_val_split) if s.meta_val_split else [np.arange(len(aside))]*2
     return dict(
         train=data.train.subset(tail.indices),

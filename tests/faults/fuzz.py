@@ -217,7 +217,7 @@ def resume_file(lab, data):
 
 
 def store(lab, data):
-    train, test, attrs = read_h5(put(lab, 's.h5', data))
+    train, test, _, attrs = read_h5(put(lab, 's.h5', data))
     assert (train.counts > 0).all() and len(train.gather(torch.tensor([0])))
     images._own(train, attrs)
 

@@ -75,6 +75,6 @@ def mapped(
     path: Path,  # of its file
 ) -> np.ndarray:  # the same values; what is written to them stays in memory
     "The array of a data set: mapped where it lies in the file in one piece, at a place for numbers; else read."
-    offset = None if d.chunks else d.id.get_offset()
+    offset = None if d.chunks or d.dtype.hasobject else d.id.get_offset()
     if offset is None or offset % d.dtype.alignment: return d[()]
     return np.memmap(path, d.dtype, 'c', offset, d.shape)      # c: nothing is ever written

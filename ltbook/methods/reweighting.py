@@ -50,7 +50,7 @@ def meta_split(
     recipe,  # with imbalance, long_tail and settings
     data: ImageData,  # whole data set
 ) -> tuple[dict[str, ImageSet], MetaTail]:  # parts train, meta, val, test; images kept and put aside
-    ("A long tail and, apart from it, a balanced set: of the validation part, where the data set has one, else of train. "
+    ("A long tail and, apart from it, a balanced set: of the validation part, where there is one, else of train. "
      "Raises `UserError` where a class is too small.")
     if recipe.data_seed:
         raise UserError('Nothing is drawn by lot here: the first and the last images of a class are taken. '

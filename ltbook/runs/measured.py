@@ -7,7 +7,6 @@ __all__ = ['stage_measures', 'best_on_test', 'known_arrays', 'collect_metrics', 
 
 # %% ../../nbs/runs/628_measured.ipynb #b3baa24e
 import json
-from io import BytesIO
 from pathlib import Path
 import h5py, numpy as np, torch
 from ..measure.calibration import calibration_bins, confidences
@@ -70,14 +69,13 @@ def write_predictions(
     path: Path,  # final name
     context: Context,  # with logits of its stages, labels and counts
 ) -> Path:  # `path`
-    "Write logits of all stages, labels and train counts to HDF5, atomically."
+    "Write logits of all stages, labels and train counts to HDF5, atomically and without a second copy in memory."
     def write(p):
-        content = BytesIO()      # a full disk is met by plain Python, which says so
-        with h5py.File(content, 'w') as f:
+        # a full disk is met by plain Python, which says so
+        with p.open('w+b') as raw, h5py.File(raw, 'w') as f:
             for name, a in known_arrays(context).items(): f[name] = a
             f.attrs['data'] = json.dumps(context.fingerprint)
             for stage, arrays in context.logits.items():
                 for name, a in arrays.items(): f[f'{stage}/{name}'] = a
             f['logits'] = h5py.SoftLink(f'/{[s for s, a in context.logits.items() if "logits" in a][-1]}/logits')
-        p.write_bytes(content.getbuffer())
     return write_atomic(path, write)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ltbook.cli.main import app
 from ltbook.data.checks import UserError
 from ltbook.methods.recipe import recipe
-from ltbook.models.backbones import BACKBONES
+from ltbook.models.backbones import BACKBONES, build_backbone
 from ltbook.models.resnet import FrozenResNet
 from ltbook.runs.folder import load_run
 from ltbook.runs.run import make_context
@@ -38,6 +38,11 @@ def folder(tmp_path_factory):
             piece = whole[k % 2].crop((left, top_, left + w, top_ + h))
             mode, end = kinds[i % len(kinds)]
             piece.convert(mode).save(top/name/f'{i} ü.{end}')
+    exif = Image.Exif()
+    exif[0x0112] = 6      # lies on its side
+    whole[0].crop((0, 0, 300, 240)).save(top/'Größe 1'/'turned.jpg', exif=exif)
+    deep = np.asarray(whole[1].crop((0, 0, 240, 260)).convert('L')).astype(np.uint16)*257
+    Image.fromarray(deep).save(top/'鳥'/'16 bit.png')
     return top
 
 
@@ -85,8 +90,13 @@ def test_every_method_learns_from_photographs(method, place):
 
 @pytest.mark.parametrize('data,side', [('birds', 48), ('large', 224)])
 def test_from_pictures_to_dlsa(data, side, place):
-    "run, show, eval, shift, features, dlsa on features"
-    run = train(place, 'crt', data, 'backbone=resnet10', 'crop=resized', f'side={side}', 'flip=true')
+    "run from the weights of a small ResNet in a file, show, eval, shift, features, dlsa on features"
+    (place/'data'/'weights').mkdir(exist_ok=True)
+    theirs = {k.removeprefix('body.'): v for k, v in build_backbone('resnet10', 3, 3, 'linear').state_dict().items()}
+    torch.save(theirs, place/'data'/'weights'/f'small-{side}.pth')
+    run = train(place, 'crt', data, 'backbone=resnet10', 'crop=resized', f'side={side}', 'flip=true',
+                f'init=small-{side}.pth')
+    assert 'starts anew' in load_run(run).metrics['protocol']['init'][-1], 'three classes there, five here'
     name = str(run.relative_to(place/'runs'))
     out = ['--out', str(place/'runs')]
     assert 'crt on' in done(place, 'show', name, *out)

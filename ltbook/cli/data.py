@@ -104,8 +104,12 @@ def doctor_(
 def _doctor_large(name: str, images: Path | None, lists: Path | None, deep: bool) -> None:
     "What is there of a set with lists; exit code 1 where something is missing."
     from ltbook.data.large import describe_large
+    from rich.progress import Progress
     if not images or not lists: raise UserError('A set with lists needs both: --images FOLDER --lists FOLDER')
-    lines, good = describe_large(name, images, lists, deep)
+    with Progress(console=console, transient=True, disable=not deep) as bar:
+        task = bar.add_task('decoding', total=None)
+        lines, good = describe_large(name, images, lists, deep,
+                                     lambda done, of: bar.update(task, completed=done, total=of))
     for text in lines: console.print(text, soft_wrap=True)
     if not good: raise typer.Exit(1)
 
@@ -162,6 +166,7 @@ def import_(
     from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
 
+    if size is None: _say('Every image is stored with 32 pixels a side; for another number add --size 64, say.')
     file = import_folder(
         folder,
         name,
@@ -173,7 +178,6 @@ def import_(
         background=background,
         skip_broken=skip_broken,
         say=_say)
-    if size is None: _say('Every image is stored with 32 pixels a side; for another number: --size 64 --force')
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
     for text in copies_in(load_images(name, data_root)):
         console.print(text, soft_wrap=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .checks import UserError, printable, writing
 from .fingerprint import row_hashes
 from .images import ImageData
-from .hdf5 import mapped, stored, try_to_open
+from .hdf5 import creating, mapped, stored, try_to_open
 
 # %% ../../nbs/data/08_features.ipynb #154664be
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def write_features(
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(part, 'w') as f:
+            with creating(part) as f:
                 n = _append(f, batches, rows)
                 if not n: raise UserError(f'There are no features to write to {path.name}.')
                 if n != (rows or n):
@@ -104,6 +104,7 @@ def _append(f: h5py.File, batches: Iterable[tuple[Tensor, Tensor]], rows: int | 
             f.create_dataset('labels', (0,), 'i8', maxshape=(None,), chunks=(2**13,))
         if f['features'].shape[1] != d:
             raise UserError(f'Features of {d} numbers come after features of {f["features"].shape[1]}.')
+        f.room.check()
         n += len(x)
         if rows and n > rows: return n
         for key, a in (('features', x), ('labels', y)):

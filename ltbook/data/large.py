@@ -8,6 +8,7 @@ __all__ = ['IMAGENET', 'Listed', 'read_lists', 'describe_large', 'broken_files',
 # %% ../../nbs/data/024_large.ipynb #3c9d98b0
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -75,10 +76,12 @@ def describe_large(
     name: str,  # a key of `LARGE`, or any other name for a set of one's own
     images: str | Path,  # the folder that the lists are relative to
     lists: str | Path,  # folder with the lists
-    deep: bool = False,  # decode every picture
+    deep: bool = False,  # decode every picture, with all cores
+    progress: Callable[[int, int], None] = lambda done, of: None,  # told how many pictures are decoded
 ) -> tuple[list[str], bool]:  # sentences, whether the set can be packed
     "Everything that can be said about a set without a network. Raises `UserError` as `read_lists`."
-    s, listed, out, good = LARGE.get(name), read_lists(name, lists), [], True
+    s, listed, out, good, decoded = LARGE.get(name), read_lists(name, lists), [], True, 0
+    total = sum(map(len, listed.parts.values()))
     for k, part in listed.parts.items():
         counts = part.counts[part.counts > 0]
         out.append(f'{k:9} {len(part):,} images, {counts.size:,} classes, {counts.max():,} to {counts.min()} a class'
@@ -88,28 +91,46 @@ def describe_large(
         if missing := missing_files(part, images):
             good = False
             out.append(f'missing   {len(missing):,} of {len(part):,} of {k}: {printable(", ".join(missing[:3]))}'
-                       + (', …' if len(missing) > 3 else '') + f'; {_needed(s, images, len(missing) == len(part))}')
-        elif deep and (broken := broken_files(part, images)):
-            good = False
+                       + (', …' if len(missing) > 3 else '')
+                       + f'; {_needed(s, listed.layout, images, part, len(missing) == len(part))}')
+        elif deep:
+            broken = broken_files(part, images, progress=lambda done, of: progress(decoded + done, total))
+            good = good and not broken
             out += [f'broken    {text}' for text in broken[:10]]
-            out.append(f'broken    {len(broken):,} of {len(part):,} of {k}; repair them, or get the archive again.')
+            if broken: out.append(f'broken    {len(broken):,} of {len(part):,} of {k}; repair them, or get the '
+                                  'archive again.')
+        decoded += len(part)
     if good: out.append(f'All files are there. Pack them: ltbook pack {name} --images {images} --lists {lists}')
     return out, good
 
-def _needed(s, images, none: bool) -> str:
+def _needed(s, layout: str, images: str | Path, part: ImageList, none: bool) -> str:
     "What has to be had, or looked for."
-    if not s: return f'put them into {images}.'
-    return (f'needed is {s.archive}' if none else 'the archive is incomplete or was unpacked in part') + '.'
+    if not none: return 'the archive is incomplete or was unpacked in part.' if s else f'put them into {images}.'
+    images, first = Path(images), PurePosixPath(part.files[0])
+    near = [images.parent, *sorted(p for p in images.glob('*') if p.is_dir())]
+    if found := [p for p in near if (p/first).is_file()]: return f'they are in {found[0]}: --images {found[0]}'
+    for other in s.layouts if s else ():
+        folders = {p.split('/')[0] for p in other.prefix.split('|')}
+        if other.name != layout and all((images/f).is_dir() for f in folders):
+            return (f'the images lie as {other.name}, and the lists are for {layout}: '
+                    f'use lists whose paths begin with {other.prefix.split("|")[0]}')
+    return f'needed is {s.archive}.' if s else f'put them into {images}.'
 
 def broken_files(
     part: ImageList,  # which pictures
     images: str | Path,  # the folder that the list is relative to
+    workers: int | None = None,  # threads that decode; None takes one a core
+    progress: Callable[[int, int], None] = lambda done, of: None,  # told how many pictures are decoded
 ) -> list[str]:  # a sentence a picture
     "Which pictures can't be read; all of them are decoded."
+    def fault(file: str) -> str | None:
+        try: read_square(Path(images)/file, Reading(8, 'crop'), None, Seen())
+        except UserError as e: return str(e)
     found = []
-    for f in part.files:
-        try: read_square(Path(images)/f, Reading(8, 'crop'), None, Seen())
-        except UserError as e: found.append(str(e))
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for i in range(0, len(part), 512):
+            found += filter(None, pool.map(fault, part.files[i:i + 512]))
+            progress(min(i + 512, len(part)), len(part))
     return found
 
 # %% ../../nbs/data/024_large.ipynb #d4d40a87

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from .checks import UserError, writing
 from .files import FileStore
+from .hdf5 import creating
 from .stores import ImageSet, named_parts
 
 # %% ../../nbs/data/023_pack.ipynb #07f9d80e
@@ -69,7 +70,7 @@ def _done(part: Path, note: Path, what: str) -> int:
 
 def _make_room(part: Path, parts: dict[str, ImageSet], attrs: dict) -> None:
     "The file with everything but the pixels. Raises `OSError` where there is no room for them."
-    with h5py.File(part, 'w') as f:
+    with creating(part) as f:
         f.create_dataset('classes', data=list(parts['train'].classes), dtype=h5py.string_dtype())
         for k, v in attrs.items(): f.attrs[k] = v
         for name, data in parts.items():

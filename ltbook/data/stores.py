@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from .checks import UserError, check_name, printable, writing
 from .html import Picture, html_table
-from .hdf5 import mapped, stored, try_to_open
+from .hdf5 import creating, mapped, stored, try_to_open
 from .fingerprint import file_stamp, is_known, kept_rows, row_hashes, set_hash
 from .pictures import Reading, Seen, class_table, find_parts, read_part, scale_of
 
@@ -147,7 +147,7 @@ def write_h5(
 
 def _fill(path: Path, parts: dict[str, ImageSet], attrs: dict) -> None:
     "Everything of a data set into a new file."
-    with h5py.File(path, 'w') as f:
+    with creating(path) as f:
         names, text = list(parts['train'].classes), h5py.string_dtype()
         if sum(len(os.fsencode(n)) + 16 for n in names) < 60_000: f.attrs['classes'] = names
         else: f.create_dataset('classes', data=names, dtype=text)      # HDF5 has room for 64 KiB in an attribute
@@ -157,6 +157,7 @@ def _fill(path: Path, parts: dict[str, ImageSet], attrs: dict) -> None:
             images = f.create_dataset(f'{name}/images', (len(data), *data.shape), 'u1')
             for i in range(0, len(data), 4096):
                 images[i:i + 4096] = data.gather(every[i:i + 4096]).cpu().numpy()
+                f.room.check()
             f[f'{name}/labels'] = data.labels.cpu().numpy()
 
 # %% ../../nbs/data/02_stores.ipynb #6c67102b

@@ -9,6 +9,7 @@ __all__ = ['stage_measures', 'best_on_test', 'known_arrays', 'collect_metrics', 
 import json
 from pathlib import Path
 import h5py, numpy as np, torch
+from ..data.hdf5 import creating
 from ..measure.calibration import calibration_bins, confidences
 from ..measure.post_hoc import calibrated
 from ..measure.report import measures, protocol
@@ -71,8 +72,7 @@ def write_predictions(
 ) -> Path:  # `path`
     "Write logits of all stages, labels and train counts to HDF5, atomically and without a second copy in memory."
     def write(p):
-        # a full disk is met by plain Python, which says so
-        with p.open('w+b') as raw, h5py.File(raw, 'w') as f:
+        with creating(p) as f:
             for name, a in known_arrays(context).items(): f[name] = a
             f.attrs['data'] = json.dumps(context.fingerprint)
             for stage, arrays in context.logits.items():

@@ -10,13 +10,12 @@ __all__ = ['Logits', 'write_logits', 'read_logits', 'run_members', 'export_logit
 # %% ../../nbs/studies/68_fusion.ipynb #46a56649
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 import h5py, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError
 from ..data.parts import class_splits
-from ..data.hdf5 import stored, try_to_open
+from ..data.hdf5 import creating, stored, try_to_open
 from ..data.stores import ImageSet
 from ..methods.class_balanced_experts import calibration_stage
 from ..methods.method import parts_of, recipe_data
@@ -65,12 +64,10 @@ def write_logits(
 ) -> Path:  # `path`
     "Write one member's logits, atomically."
     def write(p):
-        content = BytesIO()      # a full disk is met by plain Python, which says so
-        with h5py.File(content, 'w') as f:
+        with creating(p) as f:
             f.attrs['name'], f.attrs['data'] = member.name, member.data or ''
             f['logits'], f['labels'] = member.logits.float().cpu().numpy(), member.labels.cpu().numpy()
             f['class_mask'] = np.asarray(member.class_mask, bool)
-        p.write_bytes(content.getbuffer())
     return write_atomic(Path(path), write)
 
 def _logit_fault(a: dict[str, np.ndarray]) -> str:

@@ -9,11 +9,11 @@ __all__ = ['MAIN_ANSWERS', 'make_shifts', 'view_logits', 'shift', 'shift_lines',
 # %% ../../nbs/studies/67_shift.ipynb #db4b95a8
 import json, time, zlib
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
-import h5py, numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..data.checks import UserError, one_of
+from ..data.hdf5 import creating
 from ..data.profile import shot_groups
 from ..data.shift import COMPONENTS, RATIOS, Shift, dirichlet_shift, ratio_shifts, reference_shifts
 from ..data.views import FixedViews, RandomViews
@@ -156,11 +156,9 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
                 for k, m in learned.items()
                 for row in m.path])
     def arrays(path):
-        content = BytesIO()      # a full disk is met by plain Python, which says so
-        with h5py.File(content, 'w') as f:
+        with creating(path) as f:
             for s in shifts:
                 for k in ('q', 'counts', 'indices', 'adapt_indices'): f[f'{s.name}/{k}'] = getattr(s, k)
-        path.write_bytes(content.getbuffer())
     write_atomic(folder/'shifts.h5', arrays)
     text = ',\n'.join(json.dumps(s.to_dict()) for s in shifts)
     write_atomic(folder/'shifts.json', lambda p: p.write_text(f'[{text}]\n', encoding='utf-8'))

@@ -120,11 +120,12 @@ def mixup(
     x: Tensor,  # float (B, C, H, W)
     y: Tensor,  # int64 (B,)
     lam: Tensor | float,  # (), weight of the image itself, in [0, 1]
-    permutation: Tensor,  # int64 (B,), each image's partner
-) -> tuple[Tensor, Tensor, Tensor]:  # mixed images, labels, labels of the partners
+    permutation: Tensor,  # int64 (n,), partners of the first n images
+) -> tuple[Tensor, Tensor, Tensor]:  # n mixed images, their labels, labels of the partners
     "Mix each image with its partner."
+    n = len(permutation)
     partner = x.permute(0, 2, 3, 1).index_select(0, permutation).permute(0, 3, 1, 2)  # a copy, channels last
-    return partner.lerp_(x, torch.as_tensor(lam, dtype=x.dtype, device=x.device)), y, y[permutation]
+    return partner.lerp_(x[:n], torch.as_tensor(lam, dtype=x.dtype, device=x.device)), y[:n], y[permutation]
 
 # %% ../../nbs/data/05_augment.ipynb #bd22019c
 def cutout(

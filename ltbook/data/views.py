@@ -185,11 +185,15 @@ class TrainView(View):
         return super().plan(index) | drawn | sized
 
     def part(self, plan: dict[str, Tensor], rows: np.ndarray, n: int) -> dict[str, Tensor]:
-        "What was planned for a part of the images; partners of mixup are found within it."
-        drawn = plan['rows'][:, torch.from_numpy(rows)]
-        # the order of a part of a random permutation is a random permutation
-        drawn[5] = drawn[5].argsort().argsort() if self.augmentation.mixup_alpha else 0
-        return part_of({k: v for k, v in plan.items() if k != 'rows'}, rows, n) | dict(rows=drawn)
+        "What was planned for a part of the images, followed by those partners of mixup that are not among them."
+        wanted, mixed = rows, {}
+        if self.augmentation.mixup_alpha:
+            partners = plan['rows'][5].numpy()[rows]
+            wanted = np.concatenate([rows, np.setdiff1d(partners, rows)])
+            order = np.argsort(wanted)
+            mixed = dict(partner=torch.from_numpy(order[np.searchsorted(wanted, partners, sorter=order)]))
+        drawn = plan['rows'][:, torch.from_numpy(wanted)]
+        return part_of({k: v for k, v in plan.items() if k != 'rows'}, wanted, n) | dict(rows=drawn) | mixed
 
     def apply(
         self,
@@ -210,7 +214,7 @@ class TrainView(View):
         x = normalize(x, self.mean, self.std)
         if self.side < self.size: x = shrink(x, self.side)
         if not a.mixup_alpha: return dict(x=x, y=y)
-        x, y, y_mix = mixup(x, y, loaded['lam'], partner)
+        x, y, y_mix = mixup(x, y, loaded['lam'], loaded.get('partner', partner))
         return dict(x=x, y=y, y_mix=y_mix, lam=loaded['lam'])
 
 def colour_jitter(

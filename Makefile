@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check faults audit install lab explore docs dist-check clean
+.PHONY: run test check whole faults audit install lab explore docs dist-check clean
 run: install
 	$(BIN)/ltbook run mislas digits --profile paper --seed 0
 	@$(BIN)/ltbook report
@@ -23,6 +23,10 @@ check: install
 	$(BIN)/python -m pytest -q tests/test_notebooks.py tests/test_docstrings.py tests/test_results.py tests/test_types.py
 	@for page in $$({ git diff --name-only HEAD; git ls-files -o --exclude-standard; } | grep '^nbs/.*ipynb$$'); do \
 	  if [ -f "$$page" ]; then echo "$$page"; OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 0 --path "$$page" || exit 1; fi; done
+
+# a quarter of an hour: large sets and CIFAR as files, with every method, one process and two, and whole epochs
+whole: install
+	LTBOOK_WHOLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/test_tree.py tests/test_large.py
 
 # hours: kills, pairs of processes, full disks (as root), damage, a million inputs; writes outputs/faults/table.json
 faults: install

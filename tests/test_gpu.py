@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from safetensors.torch import load_file
+
+from ltbook.data.streamed import RowStore, placed
+from ltbook.methods import method
 from ltbook.methods.difficulty_net import DifficultyWeigher
 from ltbook.methods.method import get_method
 from ltbook.methods.recipe import recipe
-from ltbook.runs.run import make_context
+from ltbook.runs.run import make_context, run
 from ltbook.train.captured import CapturedStep
 from ltbook.train.pack import Pack, together
 from ltbook.train.tape import TapeCuda
@@ -143,3 +147,21 @@ def test_a_pack_is_its_runs(machine):
     for s, tensors in enumerate(packed):
         assert not isinstance(tensors, BaseException), tensors
         for a, b in zip(tensors, trained(s, 9 + s)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(NO_GPU, reason='no GPU here'))])
+@pytest.mark.parametrize('name', ['mislas', 'difficulty_net'])
+def test_a_set_too_large_for_the_device_gives_the_same_weights(name, device, tmp_path, monkeypatch):
+    "Rows gathered in main memory ahead of the step, against rows that lie on the device"
+    for k, v in dict(deterministic=True, allow_tf32=False).items(): monkeypatch.setattr(torch.backends.cudnn, k, v)
+    r, found, kinds = recipe(name, profile='smoke', epochs=2, stage2_epochs=1, max_steps=None, batch_size=64), [], []
+    for free in (2**40, 0):
+        def put(parts, device, free=free):
+            made = placed(parts, device, free)
+            kinds.append({type(p.store) for p in made.values()})
+            return made
+        monkeypatch.setattr(method, 'placed', put)
+        folder = run(r, tmp_path/str(free), device=device, say=lambda text: None)
+        found.append({f'{p.name} {k}': v for p in folder.glob('*.safetensors') for k, v in load_file(p).items()})
+    assert kinds == [{torch.Tensor}, {RowStore}] and found[0]
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])

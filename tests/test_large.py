@@ -32,6 +32,7 @@ from ltbook.methods import method
 from ltbook.methods.recipe import recipe
 from ltbook.runs.folder import load_run
 from ltbook.runs.run import make_context, run
+from ltbook.train.feed import feed
 
 sys.path.insert(0, str(Path(__file__).parent/'faults'))
 import disk
@@ -109,7 +110,7 @@ def test_cifar_as_files_gives_the_same_weights(tmp_path, monkeypatch):
             Image.fromarray(x).save(root/part/f'{i}.png', compress_level=1)
             lines.append(f'{part}/{i}.png {k}\n')
         (lists/f'{part}.txt').write_text(''.join(lines))
-    found, sums = {}, set()
+    found, sums, batches = {}, set(), {}
     for path in ('memory', 'packed', 1, 2):
         parts = (train, test) if path == 'memory' else by_path(path, (root, lists), tmp_path)
         parts = [ImageSet(p.gather(torch.arange(len(p))) if path == 'memory' else p.store, p.labels, train.classes,
@@ -119,11 +120,18 @@ def test_cifar_as_files_gives_the_same_weights(tmp_path, monkeypatch):
         monkeypatch.setattr(method, 'load_images', lambda *a, **k: data)
         r = recipe('mislas', 'as_files', profile='smoke', epochs=1, max_steps=None if whole else 4,
                    **({} if whole else dict(batch_size=48)))
-        if whole: assert np.array_equal(make_context(r, device='cpu').trained_counts, long_tail_counts(500, 100, 100))
+        context = make_context(r, device='cpu')
+        if whole: assert np.array_equal(context.trained_counts, long_tail_counts(500, 100, 100))
+        rng = np.random.default_rng(5)
+        order = rng.permutation(len(train))[:320]
+        view = context.view()
+        batches[path] = [view.apply(b) for b in feed(view, order, 64, rng, workers=2 if path == 2 else 0)]
         done = run(r, tmp_path/str(path), device='cpu', say=lambda text: None)
         found[path] = {f'{p.name} {k}': v for p in done.glob('*.safetensors') for k, v in load_file(p).items()}
-    first = found.pop('memory')
-    assert len(sums) == 1 and first
+    first, mixed = found.pop('memory'), batches.pop('memory')
+    assert len(sums) == 1 and first and len(mixed) == 5 and set(mixed[0]) == {'x', 'y', 'y_mix', 'lam'}
+    for other in batches.values():
+        assert all(torch.equal(a[k], b[k]) for a, b in zip(mixed, other, strict=True) for k in a)
     assert all(torch.equal(first[k], other[k]) for other in found.values() for k in first)
 
 

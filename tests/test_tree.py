@@ -4,7 +4,7 @@ two. What was published about the sets is replaced by the numbers of the picture
 
 Every layout is packed and trained on; who trains what is shared out, so that a whole check stays short. With
 LTBOOK_WHOLE=1 every layout gets every method, with one process and with two."""
-import json, os
+import json, os, time
 from dataclasses import replace
 
 import numpy as np, pytest, torch
@@ -100,6 +100,7 @@ def done(*words):
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
+    began = time.monotonic()
     monkeypatch.setitem(LARGE, layout, as_published(layout))
     name, (images, lists), n_test = layout, lay_out(layout, pictures, tmp_path/'set'), as_published(layout).parts
     n_test = n_test.get('test', n_test['val'])[0]
@@ -136,3 +137,5 @@ def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
         assert len(load_run(dlsa).predictions['labels']) == n_test
     fused = fuse_logits([run_members(r, stages=[r.stages[-1]])[0] for r in runs.values()])
     assert fused.log_p.shape == (n_test, 20) and torch.allclose(fused.log_p.exp().sum(1), torch.ones(n_test), atol=1e-4)
+    # three layouts, the longest two on one of two cores: six minutes for all
+    assert time.monotonic() - began < 180

@@ -22,6 +22,7 @@ from .stores import ImageSet
 class FileStore:
     "What a uint8 tensor (N, side, side, 3) would hold, read from files when it is asked for."
     dtype, ndim, ahead = torch.uint8, 4, 2  # of its rows; batches to be read while one is trained on
+    asked = torch.device('cpu')  # where files are chosen
 
     def __init__(
         self,

@@ -73,16 +73,22 @@ class ImageSet:
         "Batches to be loaded ahead of the training; 0 where the pixels are at hand."
         return getattr(self.store, 'ahead', 0)
     @property
+    def asked(self) -> torch.device:
+        "Where positions lie that `gather` need not move: where pixels are chosen, not where they end."
+        return getattr(self.store, 'asked', self.store.device)
+    @property
     def images(self) -> Tensor:
         "All images, uint8 (N, H, W, C); a copy where the set is a part of its store."
         return self.store if self.at is None else self.store[self.at]
     def gather(self, index: Tensor) -> Tensor:
-        "The images at positions `index`, int64 (B,) on the set's device: uint8 (B, H, W, C)."
+        "The images at positions `index`, int64 (B,): uint8 (B, H, W, C) on the set's device."
+        index = index.to(self.asked)
         return self.store.index_select(0, index if self.at is None else self.at[index])
     def subset(self, indices) -> 'ImageSet':
         "The images at `indices` (array or tensor of positions), in that order. No image is copied."
-        i = torch.as_tensor(np.asarray(indices), dtype=torch.int64, device=self.labels.device)
-        part = replace(self, at=i if self.at is None else self.at[i], labels=self.labels[i])
+        i = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
+        there = i.to(self.asked)
+        part = replace(self, at=there if self.at is None else self.at[there], labels=self.labels[i.to(self.labels.device)])
         return part.knowing(self.rows[i.cpu().numpy()]) if 'rows' in vars(self) else part
     def to(self, device) -> 'ImageSet':
         "The same on another `device`, which gets the images of this set and not the whole store."

@@ -60,7 +60,9 @@ class View:
         pin = (lambda t: t.pin_memory()) if self.device.type == 'cuda' else (lambda t: t)
         sent = {k: pin(t).to(self.device, non_blocking=True) for k, t in plan.items()}
         index = sent.pop('index')
-        return sent | dict(pixels=self.data.gather(index), y=self.data.labels[index])
+        # who chooses rows on the CPU is not asked through the GPU, which would be waited for
+        at = plan['index'] if self.data.asked.type == 'cpu' else index
+        return sent | dict(pixels=self.data.gather(at), y=self.data.labels[index])
 
     def apply(
         self,

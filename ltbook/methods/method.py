@@ -18,6 +18,7 @@ from ..data.meta_set import held_out
 from ..data.parts import held_out_counts, hold_out
 from ..data.profile import LongTail, long_tail
 from ..data.stores import ImageSet
+from ..data.streamed import placed
 from ..data.views import Augmentation, PlainView, TrainView
 from .recipe import Length, NonNegative, Positive, Published, Recipe, Settings, recipe
 from .registry import get_method, import_methods, methods, register
@@ -194,7 +195,7 @@ def context_of(
     method = get_method(recipe.method)
     data = data or recipe_data(recipe, root)
     parts, tail = parts_of(recipe, data)
-    context = Context(recipe, data, {k: v.to(compute.device) for k, v in parts.items()}, tail, compute)
+    context = Context(recipe, data, placed(parts, compute.device), tail, compute)
     context.network = method.network(context)
     method.check(context)
     return context

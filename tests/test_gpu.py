@@ -149,7 +149,7 @@ def test_a_pack_is_its_runs(machine):
         for a, b in zip(tensors, trained(s, 9 + s)): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(NO_GPU, reason='no GPU here'))])
+@pytest.mark.parametrize('device', ['cpu', MACHINES[1]])
 @pytest.mark.parametrize('name', ['mislas', 'difficulty_net'])
 def test_a_set_too_large_for_the_device_gives_the_same_weights(name, device, tmp_path, monkeypatch):
     "Rows gathered in main memory ahead of the step, against rows that lie on the device"

@@ -87,8 +87,8 @@ class ImageSet:
     def subset(self, indices) -> 'ImageSet':
         "The images at `indices` (array or tensor of positions), in that order. No image is copied."
         i = torch.as_tensor(np.asarray(indices), dtype=torch.int64)
-        there = i.to(self.asked)
-        part = replace(self, at=there if self.at is None else self.at[there], labels=self.labels[i.to(self.labels.device)])
+        at, labels = i.to(self.asked), self.labels[i.to(self.labels.device)]
+        part = replace(self, at=at if self.at is None else self.at[at], labels=labels)
         return part.knowing(self.rows[i.cpu().numpy()]) if 'rows' in vars(self) else part
     def to(self, device) -> 'ImageSet':
         "The same on another `device`, which gets the images of this set and not the whole store."

@@ -86,11 +86,11 @@ def test_parts_make_the_whole_and_are_never_empty():
 
 
 @pytest.mark.parametrize('more', [dict(), dict(mixup_alpha=1.), dict(cutout_side=3, rotation=5., jitter=.2),
-                                  dict(grey=.5, blur=.5),
+                                  dict(grey=.5, blur=.5), dict(crop='resized', side=6, pad=0),
                                   dict(rand_augment=2, rand_magnitude=20)])
 def test_a_part_of_a_plan_is_the_plan_of_a_part(more):
     data = load_images('digits').train
-    view, index = TrainView(data, Augmentation(1, True, **more)), np.arange(20, 33)
+    view, index = TrainView(data, Augmentation(**dict(pad=1, flip=True) | more)), np.arange(20, 33)
     plan = view.plan(index, np.random.default_rng(3))
     whole = view.apply(view.load(plan))
     parts = [view.apply(view.load(view.part(plan, rows, 13))) for rows in np.array_split(np.arange(13), 3)]

@@ -135,6 +135,14 @@ def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
              '--processes', processes, *data, *where)
         [dlsa] = (tmp_path/'runs'/str(processes)/features/'dlsa').iterdir()
         assert len(load_run(dlsa).predictions['labels']) == n_test
+    if layout == 'imagenet_lt':      # the pictures where they are, with crops of the whole of them
+        data = ['--data-root', tmp_path/'files']
+        done('pack', name, '--images', images, '--lists', lists, '--size', 72, '--as-files', *data)
+        sets = [w for c in ('backbone=resnet10', 'side=64', 'batch_size=64') for w in ('--set', c)]
+        done('run', 'mislas', name, '--profile', 'smoke', '--bare', *sets, *data, '--out', tmp_path/'files')
+        [path] = (tmp_path/'files'/name/'mislas').iterdir()
+        run = load_run(path)
+        assert run.recipe.crop == 'resized' and run.data['test'] == next(iter(runs.values())).data['test']
     fused = fuse_logits([run_members(r, stages=[r.stages[-1]])[0] for r in runs.values()])
     assert fused.log_p.shape == (n_test, 20) and torch.allclose(fused.log_p.exp().sum(1), torch.ones(n_test), atol=1e-4)
     # three layouts, the longest two on one of two cores: six minutes for all

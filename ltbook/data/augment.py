@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD_MODES', 'PIECE', 'JITTERS', 'pad_images', 'crop_flip', 'rotate', 'roomy', 'normalize', 'shrink', 'mixup',
-           'cutout', 'grey', 'turn_hue', 'blur', 'grey_and_blur']
+           'cutout', 'grey', 'turn_hue', 'colour_jitter', 'blur', 'grey_and_blur']
 
 # %% ../../nbs/data/05_augment.ipynb #77d09cb2
 import weakref
@@ -167,6 +167,15 @@ JITTERS = {
     'contrast': lambda x, f: (f*x + (1 - f)*grey(x).mean((1, 2, 3), keepdim=True)).clamp(0, 1),
     'saturation': lambda x, f: (f*x + (1 - f)*grey(x)).clamp(0, 1),
     'hue': lambda x, f: x if x.shape[1] == 1 else turn_hue(x, f)}
+
+def colour_jitter(
+    x: Tensor,  # uint8 (B, C, H, W)
+    factors: Tensor,  # float (3, B): of brightness, contrast, saturation
+) -> Tensor:  # uint8, like x
+    "Change the colours of each image by its own factors, one after the other."
+    x = x.float() / 255
+    for name, f in zip(('brightness', 'contrast', 'saturation'), factors): x = JITTERS[name](x, f.view(-1, 1, 1, 1))
+    return (255*x).round().to(torch.uint8)
 
 # %% ../../nbs/data/05_augment.ipynb #3fba925f
 def blur(

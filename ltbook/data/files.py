@@ -7,8 +7,9 @@ __all__ = ['FileStore', 'file_set', 'missing_files']
 
 # %% ../../nbs/data/022_files.ipynb #b053a69c
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .checks import UserError, printable
 from .lists import ImageList
 from .pictures import Reading, Seen, read_square
+from .resized import place_crops
 from .stores import ImageSet
 
 # %% ../../nbs/data/022_files.ipynb #421199c7
@@ -42,6 +44,11 @@ class FileStore:
         "(n, side, side, 3), as an array of the pictures would have it."
         return torch.Size((len(self), self.reading.side, self.reading.side, 3))
 
+    @property
+    def cuts(self) -> bool:
+        "Whether random parts are cut out of the photographs as they are, and not out of squares made of them."
+        return self.reading.fit == 'crop'
+
     def read(self, i: int) -> np.ndarray:  # uint8 (side, side, 3)
         "One picture. Raises `UserError` that names a broken or missing file."
         return read_square(self.files[i], self.reading, self.scale, Seen())
@@ -49,12 +56,29 @@ class FileStore:
     def index_select(self, dim: int, index: Tensor) -> Tensor:  # uint8 (B, side, side, 3)
         "The pictures at int64 (B,), in that order; `dim` is 0, as images lie along the first axis."
         if dim != 0: raise IndexError('pictures are chosen along the first axis')
-        wanted = index.tolist()
-        if len(wanted) < 2 or self.workers == 1: read = map(self.read, wanted)
+        return self._together(self.read, index.tolist(), self.reading.side)
+
+    def crops(
+        self,
+        index: Tensor,  # int64 (B,), positions
+        numbers: Tensor,  # float64 (B, ...), of `ltbook.data.resized.draw_numbers`
+        side: int,  # of the crops, pixels
+    ) -> Tensor:  # uint8 (B, side, side, 3)
+        "A random part of each of these photographs, as a square."
+        reading = replace(self.reading, side=side)
+        def read(i: int, row: np.ndarray) -> np.ndarray:
+            def part(wide: int, high: int) -> tuple[int, int, int, int]:
+                [[top], [left], [h], [w]] = place_crops(row[None], (high, wide)).tolist()
+                return left, top, left + w, top + h
+            return read_square(self.files[i], reading, self.scale, Seen(), part)
+        return self._together(read, index.tolist(), side, numbers.cpu().numpy())
+
+    def _together(self, read: Callable[..., np.ndarray], index: list[int], side: int, *more) -> Tensor:
+        "What `read` says about every position, by as many threads as there are."
+        if len(index) < 2 or self.workers == 1: rows = [*map(read, index, *more)]
         else:
-            with ThreadPoolExecutor(self.workers) as pool: read = [*pool.map(self.read, wanted)]
-        rows = [*read]
-        found = np.stack(rows) if rows else np.empty((0, *self.shape[1:]), np.uint8)
+            with ThreadPoolExecutor(self.workers) as pool: rows = [*pool.map(read, index, *more)]
+        found = np.stack(rows) if rows else np.empty((0, side, side, 3), np.uint8)
         return torch.from_numpy(found).to(self.device)
 
     def __getitem__(self, index: Tensor) -> 'FileStore':

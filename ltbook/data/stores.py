@@ -22,7 +22,8 @@ from .checks import UserError, check_name, printable, writing
 from .html import Picture, html_table
 from .hdf5 import creating, mapped, stored, try_to_open
 from .fingerprint import file_stamp, is_known, kept_rows, row_hashes, set_hash
-from .pictures import Reading, Seen, class_table, find_parts, read_part, scale_of
+from .folders import find_parts
+from .pictures import Reading, Seen, class_table, read_part, scale_of
 
 # %% ../../nbs/data/02_stores.ipynb #25ac2418
 @dataclass(frozen=True, eq=False)
@@ -214,11 +215,8 @@ def _classes(f: h5py.File, path: Path) -> tuple[str, ...]:
 def _numbers(value, channels: int, good) -> bool:
     "One finite number a channel, each of them good?"
     v = np.atleast_1d(value)
-    return (
-        v.dtype.kind in 'fiu'
-        and v.shape == (channels,)
-        and bool(np.isfinite(v).all())
-        and all(map(good, v.tolist())))
+    fits = v.dtype.kind in 'fiu' and v.shape == (channels,)
+    return fits and bool(np.isfinite(v).all()) and all(map(good, v.tolist()))
 
 def _attributes(f: h5py.File, path: Path, shape: tuple[int, int, int]) -> dict:
     "The optional attributes, each of its type and within its bounds."

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from ..data.augment import normalize
 from ..data.checks import UserError
-from ..data.pictures import SUFFIXES, Reading, Seen, is_picture, read_square
+from ..data.folders import SUFFIXES, is_picture
+from ..data.pictures import Reading, Seen, read_square
 from ..data.profile import class_groups
 from ..data.resized import centre_crop
 from ..methods.method import Context, get_method

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .checks import UserError, one_of
 
 # %% ../../nbs/data/05_augment.ipynb #ad642bc8
@@ -45,13 +46,29 @@ def crop_flip(
     flip: Tensor,  # bool (B,), mirror this one?
     size: tuple[int, int],  # height and width of the crops
 ) -> Tensor:  # uint8 (B, C, height, width), channels last in memory
-    "Cut one rectangle out of each image and mirror some of them, in one gather; offsets are not checked here."
-    (_, h, w, c), (height, width) = padded.shape, size
-    down, across = (torch.arange(n, device=padded.device) for n in size)
+    "Cut one rectangle out of each image and mirror some of them; offsets are not checked here."
+    # who watches what PyTorch does, to do it again, would not see NumPy
+    cut = _from_windows if padded.device.type == 'cpu' and not is_in_torch_dispatch_mode() else _gathered
+    return cut(padded, index, top, left, flip, *size).permute(0, 3, 1, 2)
+
+def _gathered(padded, index, top, left, flip, height: int, width: int) -> Tensor:
+    "In one gather."
+    _, h, w, c = padded.shape
+    down, across = (torch.arange(n, device=padded.device) for n in (height, width))
     rows = (index * h + top)[:, None] + down
     cols = left[:, None] + torch.where(flip[:, None], width - 1 - across, across)
     pixels = (rows[:, :, None] * w + cols[:, None, :]).view(-1)
-    return padded.reshape(-1, c).index_select(0, pixels).view(-1, height, width, c).permute(0, 3, 1, 2)
+    return padded.reshape(-1, c).index_select(0, pixels).view(-1, height, width, c)
+
+def _from_windows(padded, index, top, left, flip, height: int, width: int) -> Tensor:
+    "From a view of all possible windows, a pixel being one thing of as many bytes as it has channels."
+    n, h, w, c = padded.shape
+    pixels = padded.contiguous().numpy().view(np.dtype(f'V{c}'))[..., 0]
+    shape, strides = (n, h - height + 1, w - width + 1, height, width), (*pixels.strides, *pixels.strides[1:])
+    windows = np.lib.stride_tricks.as_strided(pixels, shape, strides, writeable=False)
+    out, mirrored = windows[index.numpy(), top.numpy(), left.numpy()], flip.numpy().nonzero()[0]
+    out[mirrored] = out[mirrored, :, ::-1]
+    return torch.from_numpy(out.view(np.uint8).reshape(-1, height, width, c))
 
 # %% ../../nbs/data/05_augment.ipynb #78777a1c
 def rotate(

@@ -5,6 +5,8 @@ import json, os, subprocess, sys
 
 import numpy as np, pytest
 
+from ltbook.data.lists import LARGE
+
 # classes, train images, largest, smallest, (many, medium, few) by 100/20, test images, beginning of a path
 SETS = dict(
     imagenet_lt=(1000, 115_846, 1280, 5, (385, 479, 136), 50_000, 'train/n'),
@@ -36,15 +38,18 @@ from pathlib import Path
 from types import SimpleNamespace
 began = time.perf_counter()
 import numpy as np, torch
-from ltbook.data.lists import by_count, read_list, recognised
+from ltbook.data.large import read_lists
+from ltbook.data.lists import by_count, recognised
 from ltbook.data.profile import LongTail, shot_groups
 from ltbook.data.sampling import ClassAwareSampler, InstanceBalanced
 from ltbook.runs.folder import Run
 from ltbook.runs.measured import stage_measures, write_predictions
-place, n_test = Path(sys.argv[1]), int(sys.argv[2])
-part = read_list(place/'train.txt')
+place, n_test, name = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+listed = read_lists(name, place/'lists')
+part = listed.parts['train']
 counts, order = part.counts, by_count(part.counts)
-found = dict(total=len(part), known=recognised(part) is not None, stable=bool((np.diff(counts[order]) <= 0).all()))
+found = dict(total=len(part), parts={k: len(v) for k, v in listed.parts.items()}, known=recognised(part) is not None,
+              stable=bool((np.diff(counts[order]) <= 0).all()))
 found['groups'] = [len(v) for v in shot_groups(counts, '100/20').values()]
 tail = LongTail(np.arange(len(part)), counts, None, 'exp', 0)
 found['sha256'] = tail.sha256
@@ -77,12 +82,22 @@ print(json.dumps(found))
 def test_everything_but_the_images_at_full_size(name, tmp_path):
     n_classes, total, largest, smallest, groups, n_test, prefix = SETS[name]
     counts = generated(n_classes, total, largest, smallest, groups)
-    with (tmp_path/'train.txt').open('w') as f:
-        for k, n in enumerate(counts): f.writelines(f'{prefix}{k}/{k}_{i}.jpg {k}\n' for i in range(n))
-    p = subprocess.run([sys.executable, '-c', CHILD, tmp_path, str(n_test)], capture_output=True, text=True,
+    (tmp_path/'lists').mkdir()
+    each = LARGE[name].parts
+    sizes = {k: [n//n_classes]*n_classes for k, (n, *_) in each.items() if k in ('val', 'test')}
+    for part, of in (sizes | dict(train=counts)).items():
+        lines = [(f'{prefix}{k}/{part}{k}_{i}.jpg', k) for k, n in enumerate(of) for i in range(n)]
+        if name == 'inaturalist2018':
+            (tmp_path/'lists'/f'{part}.json').write_text(json.dumps(dict(
+                images=[dict(id=i, file_name=f) for i, (f, _) in enumerate(lines)],
+                annotations=[dict(id=i, image_id=i, category_id=k) for i, (_, k) in enumerate(lines)],
+                categories=[dict(id=k, name=f'kind {k}') for k in range(n_classes)])))
+        else: (tmp_path/'lists'/f'{part}.txt').write_text(''.join(f'{f} {k}\n' for f, k in lines))
+    p = subprocess.run([sys.executable, '-c', CHILD, tmp_path, str(n_test), name], capture_output=True, text=True,
                        env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert p.returncode == 0, p.stderr[-2000:]
     found = json.loads(p.stdout)
+    assert found['parts'] == {k: v[0] for k, v in each.items() if k in ('train', 'val', 'test')}
     assert found['total'] == total and found['groups'] == list(groups) and found['known']
     assert found['stable'] and found['same']
     assert found['drawn'] == [total, total] and len(found['sha256']) == 64

@@ -210,6 +210,18 @@ def test_a_validation_list_becomes_a_third_part(photographs, tmp_path, monkeypat
     assert context.tail.of == 'val'
 
 
+def test_crops_of_whole_photographs_are_other_data(photographs, tmp_path):
+    "A run that was begun on a packed set does not go on with the files it was made of, whose crops are others"
+    pack_large('x', *photographs, tmp_path/'d', Reading(32))
+    declare_files('x', *photographs, tmp_path/'e', Reading(32))
+    for crop in ('shift', 'resized'):
+        r = recipe('mislas', 'x', profile='smoke', crop=crop, side=16)
+        said = [make_context(r, tmp_path/d).fingerprint for d in 'de']
+        assert (said[0] == said[1]) == (crop == 'shift') and said[0]['train'] == said[1]['train']
+    run(r, tmp_path/'o', tmp_path/'d', say=lambda text: None)
+    with pytest.raises(UserError, match='belongs to other data'): run(r, tmp_path/'o', tmp_path/'e')
+
+
 @pytest.mark.parametrize('at', ['', 'a folder too high', 'a folder too deep'])
 def test_doctor_knows_the_other_layout_and_other_folders(at, tmp_path, monkeypatch):
     "Lists of Places-LT for the archive at 256 pixels, images from the one in class folders"
@@ -344,7 +356,8 @@ def test_from_lists_to_a_run_at_the_command_line(photographs, tmp_path, monkeypa
     assert read_h5(tmp_path/'d'/'photographs.h5')[0].shape == (24, 24, 3)
     packed = load_run(next((tmp_path/'outputs'/'photographs'/'mislas').glob('*')))
     p = ltbook(*command, '--size', '24', '--data-root', 'e', '--as-files')
-    assert p.exit_code == 0 and [q.name for q in (tmp_path/'e').iterdir()] == ['photographs.files.json'], p.output
+    assert p.exit_code == 0 and sorted(q.name for q in (tmp_path/'e').iterdir()) == [
+        '.photographs.files.json.rows.npz', 'photographs.files.json'], p.output
     p = ltbook('run', 'mislas', 'photographs', '--profile', 'smoke', '--bare', '--data-root', 'e', '--out', 'o')
     files = load_run(next((tmp_path/'o'/'photographs'/'mislas').glob('*')))
     assert p.exit_code == 0 and files.data == packed.data, p.output
@@ -387,6 +400,24 @@ def test_published_lists_are_recognised(tmp_path):
         seen.add((name, layout.name))
     assert len(seen) == 5, 'one layout of ImageNet and of iNaturalist, three of Places'
     assert len(category_names(tmp_path/'iNaturalist18_categories.json')) == 8142
+
+
+@pytest.mark.skipif(not LISTS.is_file(), reason='the published lists are not here')
+def test_doctor_takes_all_lists_of_a_set(tmp_path):
+    "Shifted lists are parts of the test list, and no mistake; one with a picture of its own is"
+    with zipfile.ZipFile(LISTS) as z:
+        for name in z.namelist():
+            if name.startswith('Places_LT_v2'): z.extract(name, tmp_path/'lists')
+    words = ['doctor', 'places_lt', '--images', str(tmp_path), '--lists', str(tmp_path/'lists')]
+    p = CliRunner().invoke(app, words, env=dict(COLUMNS='400'))
+    assert p.exit_code == 1 and '62,500 of 62,500 of train' in p.output and 'Places365-Standard' in p.output, p.output
+    for part, n in dict(train=62_500, val=7_300, test=36_500, forward=8_989, backward=8_989).items():
+        assert f'{part:9} {n:,} images, 365 classes' in p.output
+    file = tmp_path/'lists'/'Places_LT_v2_forward50.txt'
+    lines = file.read_text().splitlines()
+    file.write_text('\n'.join([*lines[:-1], 'val_256/none.jpg ' + lines[-1].split()[-1]]))
+    p = CliRunner().invoke(app, words, env=dict(COLUMNS='400'))
+    assert p.exit_code == 2 and 'val_256/none.jpg of' in p.output and 'lists of one set' in p.output
 
 
 @pytest.mark.skipif(not LISTS.is_file(), reason='the published lists are not here')

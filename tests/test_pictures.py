@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageCms
 
 from ltbook.data.checks import UserError
+from ltbook.data.folders import class_folders
 from ltbook.data.pictures import FITS, Reading, Seen, fit_square, full_scale, read_square, scale_of, to_rgb
 from ltbook.data.stores import import_folder, read_h5
 
@@ -236,3 +237,41 @@ def test_a_table_gives_what_folders_give(tmp_path, monkeypatch):
     two = read_h5(import_folder(tmp_path/'set'/'table.csv', 'two', tmp_path, 16))
     for a, b in zip(one[:2], two[:2]):
         assert a.classes == b.classes and torch.equal(a.labels, b.labels) and torch.equal(a.images, b.images)
+
+
+@pytest.mark.parametrize('end', ['jpg', 'png', 'tif'])
+def test_a_part_of_a_picture_that_lies_on_its_side(end, tmp_path):
+    "Left half red, right half blue, once it is turned upright; a part is cut out of what one sees"
+    x = np.zeros((60, 160, 3), np.uint8)
+    x[:30, :, 2], x[30:, :, 0] = 200, 200      # turned by 90 degrees clockwise, red is left
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(x).save(tmp_path/f'x.{end}', exif=exif, **(dict(quality=95) if end == 'jpg' else {}))
+    sizes = []
+    def part(wide, high):
+        sizes.append((wide, high))
+        return 0, 0, wide//2, high
+    left = read_square(tmp_path/f'x.{end}', Reading(16, 'crop'), None, Seen(), part).astype(int)
+    assert sizes == [(60, 160)] and (left[:, :13, 0] > 150).all() and (left[:, :13, 2] < 60).all()
+
+
+def test_folders_in_a_class_folder_belong_to_the_class(tmp_path):
+    for place in ('a', 'a/2019', 'a/2020/may', 'b'):
+        (tmp_path/'s'/place).mkdir(parents=True)
+        for i in range(2): save(tmp_path/'s'/place/f'{i}.png')
+    assert {k: len(v) for k, v in class_folders(tmp_path/'s').items()} == dict(a=6, b=2)
+
+
+def test_a_validation_folder_that_is_none_is_left_aside(tmp_path):
+    for part in ('train', 'test'):
+        for c in 'ab':
+            for i in range(2): save(tmp_path/'s'/part/c/f'{i}.png')
+    save(tmp_path/'s'/'val'/'0.png')
+    said = []
+    assert read_h5(import_folder(tmp_path/'s', 'x', tmp_path, 16, say=said.append))[2] is None
+    assert any('val/ is left aside' in t for t in said)
+
+
+def test_16_bits_without_a_scale(tmp_path):
+    Image.fromarray(np.full((20, 20), 65535, np.uint16)).save(tmp_path/'x.png')
+    assert (read_square(tmp_path/'x.png', Reading(8, 'crop'), None, Seen()) == 255).all()

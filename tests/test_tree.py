@@ -145,5 +145,4 @@ def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
         assert run.recipe.crop == 'resized' and run.data['test'] == next(iter(runs.values())).data['test']
     fused = fuse_logits([run_members(r, stages=[r.stages[-1]])[0] for r in runs.values()])
     assert fused.log_p.shape == (n_test, 20) and torch.allclose(fused.log_p.exp().sum(1), torch.ones(n_test), atol=1e-4)
-    # three layouts, the longest two on one of two cores: six minutes for all
-    assert time.monotonic() - began < 180
+    assert time.monotonic() - began < 360, 'six minutes'

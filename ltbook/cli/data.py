@@ -136,12 +136,11 @@ def pack_(
     root = find_root(data_root)
     new_place(name, root, force)
     reading = Reading(size, fit, background)
-    if as_files: file = declare_files(name, images, lists, root, reading)
-    else:
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task('packing', total=None)
-            show = lambda done, of: bar.update(task, completed=done, total=of)
-            file = pack_large(name, images, lists, root, reading, workers, show)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task('looking' if as_files else 'packing', total=None)
+        show = lambda done, of: bar.update(task, completed=done, total=of)
+        if as_files: file = declare_files(name, images, lists, root, reading, show)
+        else: file = pack_large(name, images, lists, root, reading, workers, show)
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
 
 # %% ../../nbs/cli/792_data.ipynb #26a7563d

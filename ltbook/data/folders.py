@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'LEFT_BEHIND', 'is_picture', 'class_folders', 'find_parts']
 
 # %% ../../nbs/data/0202_folders.ipynb #c6a4786c
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 import numpy as np
 from .checks import UserError, printable
@@ -33,8 +33,13 @@ def class_folders(
     if len(classes) < 2:
         raise UserError(f'{folder} must hold at least 2 class folders, found {len(classes)}: '
                         'put the pictures of each class into a folder of its own.')
-    return {printable(d.name): sorted(p for p in d.iterdir() if is_picture(p))
-            for d in classes}
+    return {printable(d.name): sorted(_pictures(d)) for d in classes}
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    "Those of a folder and of folders in it."
+    for p in folder.iterdir():
+        if p.is_dir() and _wanted(p): yield from _pictures(p)
+        elif is_picture(p): yield p
 
 # %% ../../nbs/data/0202_folders.ipynb #ae2570b3
 def find_parts(
@@ -54,19 +59,25 @@ def find_parts(
         return _cut(whole, folder, test_fraction, np.random.default_rng(seed), say)
     places = dict(train='train', test='test' if 'test' in named else vals[0])
     if 'test' not in named: say(f'{vals[0]}/ is the part for testing.')
-    elif vals:
-        places['val'] = vals[0]
-        say(f'{vals[0]}/ is kept for methods that need images to validate on; the test part is test/.')
     parts = {k: found[name] if found else class_folders(folder/name) for k, name in places.items()}
     train, test = parts['train'], parts['test']
-    for k, part in parts.items():
-        if odd := sorted(part.keys() - train.keys()):
-            raise UserError(f'{folder/places[k]} has classes that {folder/"train"} lacks: {_some(odd)}; '
-                            'add or remove them.')
+    if 'test' in named and vals: parts |= _validation(found or folder, vals[0], train, say)
+    if odd := sorted(test.keys() - train.keys()):
+        raise UserError(f'{folder/places["test"]} has classes that {folder/"train"} lacks: {_some(odd)}; '
+                        'add or remove them.')
     if none := [c for c, files in train.items() if not files]: raise _no_pictures(folder/'train', none)
     if untested := [c for c in train if not test.get(c)]:
         say(f'No pictures to test {_some(untested)}: such a class counts in no accuracy.')
     return {k: {c: part.get(c, []) for c in train} for k, part in parts.items()}
+
+def _validation(found, name, train, say) -> dict:
+    "The third part, where every class of it is one to train on; else it is left aside, and that is said."
+    try: val = found[name] if isinstance(found, dict) else class_folders(found/name)
+    except UserError as e: val, why = {}, str(e).split(':')[0]
+    else: why = f'{_some(odd)} is nothing to train on' if (odd := sorted(val.keys() - train.keys())) else ''
+    if why: say(f'{name}/ is left aside ({why}); the test part is test/.')
+    else: say(f'{name}/ is kept for methods that need images to validate on; the test part is test/.')
+    return {} if why else dict(val=val)
 
 def _cut(classes, folder, fraction, rng, say):
     "A share of every class put aside for testing; a class of one picture only trains."

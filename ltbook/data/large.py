@@ -13,9 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict
 from .checks import UserError, printable, writing
 from .files import file_set, missing_files
+from .fingerprint import row_hashes
 from .lists import (
     LARGE, ImageList, by_count, category_names, check_lists, find_lists, read_json_list, read_list)
 from .pack import pack, packing
@@ -169,16 +171,19 @@ def declare_files(
     lists: str | Path,  # folder with the lists
     root: str | Path,  # folder of the data sets
     reading: Reading = Reading(256, 'crop'),  # how pictures become squares
+    progress: Callable[[int, int], None] = lambda done, of: None,  # told how many pictures are hashed
 ) -> Path:  # the declaration
-    "Make a data set of pictures where they are. Raises `UserError` for lists that won't do and missing pictures."
+    ("Make a data set of pictures where they are, and hash them. Raises `UserError` for lists that won't do, missing "
+     "and broken pictures.")
     listed, path = read_lists(name, lists), Path(root)/f'{name}.files.json'
-    for k in listed.roles.values(): file_set(listed.parts[k], images, listed.classes, reading)
+    parts = {k: file_set(listed.parts[v], images, listed.classes, reading) for k, v in listed.roles.items()}
     told = _Declared(name=name, images=str(Path(images).absolute()), lists=str(Path(lists).absolute()),
                      side=reading.side, fit=reading.fit or 'crop', background=reading.background)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f'.{path.name}.{os.getpid()}.part')
         part.write_text(told.model_dump_json(indent=1) + '\n', encoding='utf-8')
+        _kept(path, parts, progress)
         part.replace(path)
     return path
 
@@ -198,13 +203,19 @@ def load_files(
     known = {k: p.knowing(rows[k]) for k, p in parts.items()}
     return known['train'], known['test'], known.get('val'), attrs
 
-def _kept(path: Path, parts: dict[str, ImageSet]) -> dict[str, np.ndarray]:
+def _kept(path: Path, parts: dict[str, ImageSet], progress=lambda done, of: None) -> dict[str, np.ndarray]:
     "Hashes of all pictures, from the file beside the declaration or made and kept there."
     beside, what = path.with_name(f'.{path.name}.rows.npz'), packing(parts.values())
     with suppress(Exception), np.load(beside, allow_pickle=False) as f:
         rows = {k: f[k] for k in parts}
         if str(f['what']) == what and all(rows[k].shape == (len(p), 32) for k, p in parts.items()): return rows
-    rows = {k: p.rows for k, p in parts.items()}
+    rows, total, done = {}, sum(map(len, parts.values())), 0
+    for k, p in parts.items():
+        hashed = []
+        for i in torch.arange(len(p)).split(512):
+            hashed.append(row_hashes(p.gather(i).numpy()))
+            progress(done := done + len(i), total)
+        rows[k] = np.concatenate(hashed)
     part = beside.with_name(f'{beside.name}.{os.getpid()}.part')
     with suppress(OSError):
         with part.open('wb') as f: np.savez(f, what=np.array(what), **rows)

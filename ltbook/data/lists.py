@@ -103,10 +103,12 @@ def _json(path: str | Path):
         raise UserError(f'{path} cannot be read ({why}); give the JSON of the competition.') from None
 
 # %% ../../nbs/data/021_lists.ipynb #41c8aa32
+_SHIFTS = 'forward', 'backward'      # long-tailed parts of the test list
 def check_lists(
     parts: dict[str, ImageList],  # name of a part -> list; 'train' is one of them
 ) -> None:
-    "Raise `UserError` for gaps in the classes of the train list, classes it lacks, and images of two parts."
+    ("Raise `UserError` for gaps in the classes of the train list, classes it lacks, images of two parts, and "
+     "shifted test lists with images that are no test images.")
     train = parts['train']
     if (gaps := np.flatnonzero(train.counts == 0)).size:
         raise UserError(f'{train.source} has no image of class {gaps[0]}, but of class {train.counts.size - 1}: '
@@ -116,9 +118,15 @@ def check_lists(
         if part.counts.size > train.counts.size:
             raise UserError(f'{part.source} has class {part.counts.size - 1}, but {train.source} only '
                             f'{train.counts.size} classes: give lists of one set.')
+        if name in _SHIFTS: continue
         for f in part.files:
             if of.setdefault(f, name) != name:
-                raise UserError(f'{printable(f)} is in the lists of {of[f]} and {name}; remove it from one.')
+                raise UserError(f'{printable(f)} is in {parts[of[f]].source} and in {part.source}; remove it from one.')
+    tested = 'test' if 'test' in parts else 'val'
+    for name in _SHIFTS if tested in parts else ():
+        if strange := next((f for f in parts[name].files if of.get(f) != tested), '') if name in parts else '':
+            raise UserError(f'{printable(strange)} of {parts[name].source} is not in {parts[tested].source}, of which '
+                            'it should be a part: give lists of one set.')
 
 # %% ../../nbs/data/021_lists.ipynb #624b2f16
 def by_count(
@@ -143,16 +151,16 @@ class LargeSet:
     layouts: tuple[Layout, ...]
     archive: str  # what has to be had, in words
 
-_SHIFTS = ('forward', 'backward')
 # name -> counts, layouts and archive of a large data set
 LARGE = dict(
     imagenet_lt=LargeSet('ImageNet-LT', 1000, dict(
         train=(115_846, 1280, 5), val=(20_000, 20, 20), test=(50_000, 50, 50),
-        **{k: (12_058, 50, 1) for k in _SHIFTS}),
+        **dict.fromkeys(_SHIFTS, (12_058, 50, 1))),
         (Layout('train/ and val/ with a folder a class', 'train/n|val/n'),),
         'ImageNet (ILSVRC 2012): ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, unpacked into class folders'),
     places_lt=LargeSet('Places-LT', 365, dict(
-        train=(62_500, 4980, 5), val=(7_300, 20, 20), test=(36_500, 100, 100), **{k: (8_989, 100, 2) for k in _SHIFTS}),
+        train=(62_500, 4980, 5), val=(7_300, 20, 20), test=(36_500, 100, 100),
+        **dict.fromkeys(_SHIFTS, (8_989, 100, 2))),
         (Layout('places365_standard.tar, from its own folder on', 'places365_standard/'),
          Layout('places365_standard.tar, from train/ and val/ on', 'train/|val/'),
          Layout('train_256_places365standard.tar and val_256.tar', 'data_256/|val_256/')),
@@ -192,6 +200,8 @@ def find_lists(
         known = recognised(part)
         if not known or known[0] != name: others.append(f'{path.name} ({len(part)} images)'); continue
         which = _part_of(known[1], path)
+        if which in found and not _same(found[which], part):
+            raise UserError(f'{found[which].source} and {path} are both lists of the {which} part; keep one of them.')
         found[which], layouts[known[2].name] = part, known[2]
     if 'train' not in found:
         n, largest, smallest = s.parts['train']
@@ -202,6 +212,8 @@ def find_lists(
                         'keep those of one.')
     check_lists(found)
     return found, next(iter(layouts.values()))
+
+def _same(a: ImageList, b: ImageList) -> bool: return dict(zip(a.files, a.labels)) == dict(zip(b.files, b.labels))
 
 def _part_of(which: tuple[str, ...], path: Path) -> str:
     "The part among those it can be: forward and backward lists have the same numbers, so their names decide."

@@ -48,8 +48,9 @@ def meta_tail(
     pool = np.asarray(val) if apart else labels
     there = np.bincount(pool, minlength=len(have))
     if there.min() < n_meta + (not apart):
-        raise UserError(f'Class {there.argmin()} has {there.min()} {"validation " if apart else ""}images, too few to '
-                        f'put {n_meta} aside{"" if apart else " and train on the rest"}: use a smaller n_meta.')
+        what, more, advice = ('validation ', '', 'add some, or ') if apart else ('', ' and train on the rest', '')
+        raise UserError(f'Class {there.argmin()} has {there.min()} {what}images, too few to put {n_meta} '
+                        f'aside{more}: {advice}use a smaller n_meta.')
     most = have if apart else have - n_meta
     counts = most if imbalance is None else long_tail_counts(float(most.min()), len(have), imbalance, kind)
     def where(y): return [np.flatnonzero(y == k).astype(np.int64) for k in range(len(have))]

@@ -154,10 +154,12 @@ def read_square(
     try:
         with warnings.catch_warnings(), Image.open(path) as im:
             warnings.simplefilter('ignore')      # of Pillow, about what it forgives
-            kinds, box = list(_kinds(im, reading, scale)), part and part(*_upright(im))
-            shrunk = _decode_small(im, reading, box)
+            kinds, shrunk, box = list(_kinds(im, reading, scale or (0., 65535.))), 1., None
+            if im.format == 'JPEG':
+                box = part and part(*_upright(im))
+                shrunk = _decode_small(im, reading, box)
             rgb = to_rgb(im, reading.rgb, scale or (0., 65535.))
-            if part: square = _resized(rgb, reading.side, [v*shrunk for v in box])
+            if part: square = _resized(rgb, reading.side, [v*shrunk for v in box or part(*rgb.size)])
             else: square = fit_square(rgb, reading.side, reading.fit or 'crop', reading.rgb)
     except Exception as e:
         text = f'{printable(str(path))} cannot be read as a picture ({printable(str(e) or type(e).__name__)})'
@@ -174,7 +176,7 @@ def read_square(
     return square
 
 def _upright(im) -> tuple[int, int]:
-    "Width and height as they will be."
+    "Width and height of a JPEG as they will be."
     return im.size[::-1] if im.getexif().get(0x0112, 1) > 4 else im.size
 
 def _decode_small(im, reading, box) -> float:
@@ -182,7 +184,7 @@ def _decode_small(im, reading, box) -> float:
     factor of its sides."""
     left, top, right, bottom = box or (0, 0, *im.size)
     wide, need = im.size[0], 2*reading.side/min(right - left, bottom - top)
-    if im.format != 'JPEG' or need > .5: return 1.
+    if need > .5: return 1.
     im.draft(None, tuple(math.ceil(need*n) for n in im.size))
     return im.size[0]/wide
 

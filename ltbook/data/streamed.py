@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .stores import ImageSet
+from ..train.ranks import here
 
 # %% ../../nbs/data/026_streamed.ipynb #edfc9b29
 class RowStore:
@@ -43,7 +44,7 @@ class RowStore:
         return RowStore(self.rows, device)
 
 # %% ../../nbs/data/026_streamed.ipynb #ca5874cd
-SHARE = .5  # of the free memory of a GPU that images may take
+SHARE = .75  # of the free memory of a GPU that images may take
 
 def placed(
     parts: dict,  # name -> set, on the CPU
@@ -52,7 +53,8 @@ def placed(
 ) -> dict:  # name -> set, whose batches lie on the device
     "All parts moved to a device, or, where all of them are too large for it, streamed to it from where they are."
     device = torch.device(device)
-    if free is None and device.type == 'cuda': free = torch.cuda.mem_get_info(device)[0]
+    if free is None and device.type == 'cuda':
+        free = torch.cuda.mem_get_info(device)[0]//-(-here().count//torch.cuda.device_count())
     wanted = sum(len(p)*int(np.prod(p.shape)) for p in parts.values() if isinstance(p, ImageSet))
     if free is None or wanted <= SHARE*free:
         return {k: p.to(device) for k, p in parts.items()}

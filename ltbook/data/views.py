@@ -58,7 +58,7 @@ class View:
     ) -> dict[str, Tensor]:
         "Fetch what was planned."
         pin = (lambda t: t.pin_memory()) if self.device.type == 'cuda' else (lambda t: t)
-        sent = {k: pin(t).to(self.device, non_blocking=True) for k, t in plan.items()}
+        sent = {k: pin(t).to(self.device, non_blocking=True) for k, t in plan.items() if k != 'numbers'}
         index = sent.pop('index')
         at = plan['index'] if self.data.asked.type == 'cpu' else index      # a GPU would be waited for
         return sent | dict(pixels=self._pixels(at, plan), y=self.data.labels[index])

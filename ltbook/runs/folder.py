@@ -16,7 +16,7 @@ from typing import Annotated
 import h5py, numpy as np, pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.checks import UserError
-from ..data.hdf5 import mapped
+from ..data.hdf5 import file_bytes, mapped
 from ..data.html import Picture, html_table
 from ..methods.method import get_method
 from .environment import command
@@ -46,12 +46,12 @@ def open_folder(
     return folder
 
 # %% ../../nbs/runs/62_folder.ipynb #ce7e87cf
-def _arrays(group: h5py.Group, file: Path, prefix: str = '') -> dict[str, np.ndarray]:
+def _arrays(group: h5py.Group, file: Path, whole: np.ndarray, prefix: str = '') -> dict[str, np.ndarray]:
     "All data sets of a file by their path, links followed; mapped, so that only what is looked at is read."
     found = {}
     for name, item in group.items():
-        if isinstance(item, h5py.Group): found |= _arrays(item, file, f'{prefix}{name}/')
-        else: found[prefix + name] = np.asarray(mapped(item, file))
+        if isinstance(item, h5py.Group): found |= _arrays(item, file, whole, f'{prefix}{name}/')
+        else: found[prefix + name] = mapped(item, file, whole)
     return found
 
 # %% ../../nbs/runs/62_folder.ipynb #d843a718
@@ -122,7 +122,7 @@ class Run:
             raise UserError(
                 f'The run {self.id} has no logits here (they are not kept in git). Make them again with: {self.again}')
         try:
-            with h5py.File(checked(file)) as f: return _arrays(f, file)
+            with h5py.File(checked(file)) as f: return _arrays(f, file, file_bytes(file))
         except (OSError, RuntimeError, Damaged):
             raise UserError(f'The logits of {self.id} are damaged or were changed. Remove '
                             f'{file.name} and measure from the weights: '

@@ -25,11 +25,14 @@ from ..train.files import Damaged, checked, file_hash, listing, read_json, read_
 def fingerprints(
     data: ImageData,  # whole data set
     parts: dict,  # name -> set, of a method's split
+    recipe: Recipe,  # of the run
 # name -> SHA-256; and `view`, of normalisation, padding, mirroring and the head that features came with
 ) -> dict[str, str]:
     "Everything about a data set that can make a difference to a number."
     h = hashlib.sha256(json.dumps([list(data.mean), list(data.std), data.pad, data.flip]).encode())
     for t in getattr(data.train, 'head', None) or (): h.update(t.cpu().numpy().tobytes())
+    store = getattr(data.train, 'store', None)
+    if recipe.crop == 'resized' and getattr(store, 'cuts', False): h.update(b'crops of whole photographs')
     return {k: v.sha256() for k, v in parts.items()} | dict(view=h.hexdigest())
 
 def data_at_hand(
@@ -40,7 +43,7 @@ def data_at_hand(
     if not is_here(recipe.dataset, root): return None
     data = recipe_data(recipe, root)
     parts = parts_of(recipe, data)[0]
-    return fingerprints(data, parts) | initial_weights(recipe, root)[1]
+    return fingerprints(data, parts, recipe) | initial_weights(recipe, root)[1]
 
 def initial_weights(
     recipe: Recipe,  # any recipe

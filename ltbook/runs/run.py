@@ -21,7 +21,7 @@ from ..methods.recipe import Recipe, changed, recipe
 from ..models.weights import start_from
 from .measured import collect_metrics, stage_measures, write_predictions
 from .start import check_start, copy_stage1, recipe_from
-from .several import own_device, several
+from .several import lost_told, own_device, several
 from ..train import ranks
 from ..train.captured import can_capture
 from ..train.compute import Compute, find_device, imitates_bf16
@@ -47,7 +47,7 @@ def make_context(
                 sharing))
     compute.use()
     context = context_of(recipe, recipe_data(recipe, root), compute)
-    context.fingerprint = fingerprints(context.info, context.parts) | initial_weights(recipe, root)[1]
+    context.fingerprint = fingerprints(context.info, context.parts, recipe) | initial_weights(recipe, root)[1]
     first = next(iter(method.stages_of(recipe).values()))(context)      # a batch larger than the set, say, shows here
     if recipe.first_side and not (first and first.before_epoch):
         raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')
@@ -169,7 +169,7 @@ def run(
     "Run a recipe, or go on with one that was stopped. Raises `UserError` before training, `NonFiniteLoss` during it."
     if place := ranks.launched():
         device = own_device(device, place[2])
-        with ranks.joined(*place[:2], find_device(device)):
+        with lost_told(), ranks.joined(*place[:2], find_device(device)):
             return run(recipe, out, root, device, start, report, on_step, pack, say, sharing)
     context, folder = prepare(recipe, out, root, device, start, pack, sharing), Path(out)/run_id(recipe)
     first = lambda: start or load_run(Path(out)/recipe.start)

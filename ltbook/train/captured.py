@@ -126,6 +126,7 @@ def can_capture(
     return (
         here().count == 1      # several processes exchange gradients between backward pass and step
         and planned(stage.view)
+        and not getattr(stage.view, 'workers', 0)      # threads that pin memory must not meet a recording
         and getattr(stage.view, 'recordable', True)
         and (stage.recordable or (stage.before_step is None and trusted)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .checks import UserError, printable
 from .lists import ImageList
 from .pictures import Reading, Seen, read_square
-from .resized import place_crops
+from .resized import place_crop
 from .stores import ImageSet
 
 # %% ../../nbs/data/022_files.ipynb #421199c7
@@ -66,20 +66,25 @@ class FileStore:
     ) -> Tensor:  # uint8 (B, side, side, 3)
         "A random part of each of these photographs, as a square."
         reading = replace(self.reading, side=side)
-        def read(i: int, row: np.ndarray) -> np.ndarray:
+        def read(i: int, row: list[float]) -> np.ndarray:
             def part(wide: int, high: int) -> tuple[int, int, int, int]:
-                [[top], [left], [h], [w]] = place_crops(row[None], (high, wide)).tolist()
+                top, left, h, w = place_crop(row, (high, wide))
                 return left, top, left + w, top + h
             return read_square(self.files[i], reading, self.scale, Seen(), part)
-        return self._together(read, index.tolist(), side, numbers.cpu().numpy())
+        return self._together(read, index.tolist(), side, numbers.tolist())
 
-    def _together(self, read: Callable[..., np.ndarray], index: list[int], side: int, *more) -> Tensor:
-        "What `read` says about every position, by as many threads as there are."
-        if len(index) < 2 or self.workers == 1: rows = [*map(read, index, *more)]
+    def _together(self, read: Callable[..., np.ndarray], index: list[int], side: int, *more: list) -> Tensor:
+        "What `read` says about every position, by as many threads as there are; each has its share of the pictures."
+        pinned = self.device.type == 'cuda'
+        batch = torch.empty((len(index), side, side, 3), dtype=self.dtype, pin_memory=pinned)
+        found = batch.numpy()
+        def put(share: np.ndarray) -> None:
+            for k in share.tolist(): found[k] = read(index[k], *(m[k] for m in more))
+        every = np.arange(len(index))
+        if self.workers == 1: put(every)
         else:
-            with ThreadPoolExecutor(self.workers) as pool: rows = [*pool.map(read, index, *more)]
-        found = np.stack(rows) if rows else np.empty((0, side, side, 3), np.uint8)
-        return torch.from_numpy(found).to(self.device)
+            with ThreadPoolExecutor(self.workers) as pool: list(pool.map(put, np.array_split(every, 4*self.workers)))
+        return batch.to(self.device, non_blocking=True)
 
     def __getitem__(self, index: Tensor) -> 'FileStore':
         "A part of the files, in the order of int64 (B,); none is read."

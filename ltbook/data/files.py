@@ -63,15 +63,17 @@ class FileStore:
         index: Tensor,  # int64 (B,), positions
         numbers: Tensor,  # float64 (B, ...), of `ltbook.data.resized.draw_numbers`
         side: int,  # of the crops, pixels
+        flip: Tensor,  # bool (B,), mirror this one?
     ) -> Tensor:  # uint8 (B, side, side, 3)
-        "A random part of each of these photographs, as a square."
+        "A random part of each of these photographs, as a square, some of them mirrored."
         reading = replace(self.reading, side=side)
-        def read(i: int, row: list[float]) -> np.ndarray:
+        def read(i: int, row: list[float], mirrored: bool) -> np.ndarray:
             def part(wide: int, high: int) -> tuple[int, int, int, int]:
                 top, left, h, w = place_crop(row, (high, wide))
                 return left, top, left + w, top + h
-            return read_square(self.files[i], reading, self.scale, Seen(), part)
-        return self._together(read, index.tolist(), side, numbers.tolist())
+            square = read_square(self.files[i], reading, self.scale, Seen(), part)
+            return square[:, ::-1] if mirrored else square
+        return self._together(read, index.tolist(), side, numbers.tolist(), flip.tolist())
 
     def _together(self, read: Callable[..., np.ndarray], index: list[int], side: int, *more: list) -> Tensor:
         "What `read` says about every position, by as many threads as there are; each has its share of the pictures."

@@ -61,17 +61,19 @@ def place_crop(
 
 # %% ../../nbs/data/051_resized.ipynb #d395ad9c
 def resized_crops(
-    pixels: Tensor,  # uint8 (B, H, W, C)
+    pixels: Tensor,  # uint8 (N, H, W, C)
     rectangles: Tensor,  # int64 (4, B), from `place_crops`
     flip: Tensor,  # bool (B,), mirror this one?
     side: int,  # of the squares, pixels
+    index: Tensor | None = None,  # int64 (B,), which images; None: all of them, in order
 ) -> Tensor:  # uint8 (B, C, side, side), channels last in memory
     "Cut each rectangle out, resize it (bilinear, antialiased) and mirror some of them."
-    on_cpu, shape = pixels.device.type == 'cpu', (len(pixels), side, side, pixels.shape[3])
+    at = range(len(pixels)) if index is None else index.tolist()
+    on_cpu, shape = pixels.device.type == 'cpu', (len(at), side, side, pixels.shape[3])
     out = roomy(shape, np.uint8) if on_cpu else pixels.new_empty(shape)
-    for i, ((top, left, h, w), mirrored) in enumerate(zip(rectangles.T.tolist(), flip.tolist())):
+    for i, (k, (top, left, h, w), mirrored) in enumerate(zip(at, rectangles.T.tolist(), flip.tolist())):
         # a batch of one, so that PyTorch sees that channels are last; bytes are resized as such on a CPU alone
-        x = pixels[i:i + 1, top:top + h, left:left + w].permute(0, 3, 1, 2)
+        x = pixels[k:k + 1, top:top + h, left:left + w].permute(0, 3, 1, 2)
         x = F.interpolate(x if on_cpu else x.float(), size=(side, side), mode='bilinear', antialias=True)
         x = (x if on_cpu else x.round()).permute(0, 2, 3, 1)
         out[i:i + 1] = x.flip(2) if mirrored else x

@@ -54,8 +54,7 @@ class View:
     def load(
         self,
         plan: dict[str, Tensor],  # from `plan`
-    # the plan on the device, with pixels uint8 (B, H, W, C) and y int64 (B,) instead of the index
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # the plan on the device; pixels uint8 (B, H, W, C) and y int64 (B,) for the index
         "Fetch what was planned."
         pin = (lambda t: t.pin_memory()) if self.device.type == 'cuda' else (lambda t: t)
         sent = {k: pin(t).to(self.device, non_blocking=True) for k, t in plan.items() if k != 'numbers'}
@@ -143,20 +142,19 @@ class TrainView(View):
         for k in ('jitter', 'grey', 'blur'):
             if not 0 <= getattr(a, k) <= 1: raise UserError(f'{k} must lie between 0 and 1, got {getattr(a, k)}.')
         padded = pad_images(torch.zeros(1, *data.shape, dtype=torch.uint8), a.pad, a.pad_mode)
-        # pixels that a crop may wander, down and across
-        self.slack = [p - n for p, n in zip(padded.shape[1:3], self.shape)]
+        self.slack = [p - n for p, n in zip(padded.shape[1:3], self.shape)]      # where a crop may be, down and across
         if a.side and a.side > min(data.shape[:2]):      # a test takes the centre, without padding
             raise UserError(f'Images of {data.shape[0]} x {data.shape[1]} pixels are too small '
                             f'for crops of {a.side}: choose a smaller side.')
         if a.auto_augment and a.rand_augment: raise UserError('AutoAugment or RandAugment: switch one of them off.')
         if (a.auto_augment or a.rand_augment) and self.shape[0] != self.shape[1]:
-            kind = 'AutoAugment' if a.auto_augment else 'RandAugment'
-            raise UserError(f'{kind} needs square images, not {data.shape[0]} x {data.shape[1]}: switch it off.')
-        self.auto = (
-            AutoAugment(self.size, channels, self.device) if a.auto_augment else
-            RandAugment(self.size, channels, self.device, a.rand_augment, a.rand_magnitude) if a.rand_augment else None)
+            raise UserError(f'{"Auto" if a.auto_augment else "Rand"}Augment needs square images, not '
+                            f'{data.shape[0]} x {data.shape[1]}: switch it off.')
+        self.auto = AutoAugment(self.size, channels, self.device) if a.auto_augment else None
+        if a.rand_augment: self.auto = RandAugment(self.size, channels, self.device, a.rand_augment, a.rand_magnitude)
         self.side = self.size  # of the batches, pixels; may be set to less between epochs
-        self.cuts = a.crop == 'resized' and getattr(data.store, 'cuts', False)  # who cuts out: the store, or `apply`
+        self.whole = a.crop == 'resized' and getattr(data.store, 'cuts', False)  # whether files have more than squares
+        self.cuts = self.whole or a.crop == 'resized' and isinstance(data.store, Tensor) and self.device.type == 'cpu'
 
     def plan(
         self,
@@ -168,8 +166,8 @@ class TrainView(View):
         rows, sized = np.zeros((6 + bool(a.rotation) + 3*bool(a.jitter) + auto, b), dtype=np.int64), {}
         if a.crop == 'resized':
             numbers = draw_numbers(b, rng)
-            if self.cuts: sized = dict(numbers=torch.from_numpy(numbers))
-            else: sized = dict(rectangles=torch.from_numpy(place_crops(numbers, self.data.shape[:2]).T))
+            sized = dict(numbers=torch.from_numpy(numbers))
+            if not self.whole: sized = dict(rectangles=torch.from_numpy(place_crops(numbers, self.data.shape[:2]).T))
         elif self.slack[0] == self.slack[1]: rows[0:2] = rng.integers(self.slack[0] + 1, size=(2, b))
         else: rows[0], rows[1] = (rng.integers(n + 1, size=b) for n in self.slack)
         if a.flip: rows[2] = rng.integers(2, size=b)
@@ -182,8 +180,8 @@ class TrainView(View):
         if a.rotation: rows[6] = rng.integers(-round(1000*a.rotation), round(1000*a.rotation) + 1, size=b)
         if self.auto: rows[-auto:] = self.auto.draw(b, rng)
         if a.jitter:
-            first = 6 + bool(a.rotation)
-            rows[first:first + 3] = 1000 + rng.integers(-round(1000*a.jitter), round(1000*a.jitter) + 1, size=(3, b))
+            most = round(1000*a.jitter)
+            rows[6 + bool(a.rotation):][:3] = 1000 + rng.integers(-most, most + 1, size=(3, b))
         drawn = dict(rows=torch.from_numpy(rows), lam=torch.tensor(lam, dtype=torch.float32))
         if a.grey or a.blur:
             drawn['grey'] = torch.from_numpy(rng.random(b) < a.grey)
@@ -202,9 +200,11 @@ class TrainView(View):
         return part_of({k: v for k, v in plan.items() if k != 'rows'}, wanted, n) | dict(rows=drawn) | mixed
 
     def _pixels(self, at: Tensor, plan: dict[str, Tensor]) -> Tensor:
-        "Images; of files their crops, as only the files have all of a photograph."
+        "Images, or on a CPU what is cut out of them where they lie; of files always, as squares have not all of them."
         if not self.cuts: return super()._pixels(at, plan)
-        return self.data.store.crops(at if self.data.at is None else self.data.at[at], plan['numbers'], self.size)
+        rows, flip = at if self.data.at is None else self.data.at[at], plan['rows'][2].bool()
+        if self.whole: return self.data.store.crops(rows, plan['numbers'], self.size, flip)
+        return resized_crops(self.data.store, plan['rectangles'].T, flip, self.size, rows).permute(0, 2, 3, 1)
 
     def apply(
         self,
@@ -214,7 +214,7 @@ class TrainView(View):
         a, pixels, y = self.augmentation, loaded['pixels'], loaded['y']
         top, left, flip, cut_top, cut_left, partner, *more = loaded['rows']
         each = torch.arange(len(pixels), device=pixels.device)
-        if self.cuts: x = torch.where(flip.bool().view(-1, 1, 1, 1), pixels.flip(2), pixels).permute(0, 3, 1, 2)
+        if self.cuts: x = pixels.permute(0, 3, 1, 2)      # and mirrored, where a plan says so
         elif a.crop == 'resized': x = resized_crops(pixels, loaded['rectangles'].T, flip.bool(), self.size)
         else: x = crop_flip(pad_images(pixels, a.pad, a.pad_mode), each, top, left, flip.bool(), self.shape)
         if a.rotation: x = rotate(x, more.pop(0) / 1000)
@@ -226,8 +226,8 @@ class TrainView(View):
         x = normalize(x, self.mean, self.std)
         if self.side < self.size: x = shrink(x, self.side)
         if not a.mixup_alpha: return dict(x=x, y=y)
-        x, y, y_mix = mixup(x, y, loaded['lam'], loaded.get('partner', partner))
-        return dict(x=x, y=y, y_mix=y_mix, lam=loaded['lam'])
+        partner, lam = loaded.get('partner', partner), loaded['lam']
+        return dict(zip(('x', 'y', 'y_mix'), mixup(x, y, lam, partner)), lam=lam)
 
 # %% ../../nbs/data/09_views.ipynb #8d3f8336
 class RandomViews(View):

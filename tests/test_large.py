@@ -31,6 +31,7 @@ from ltbook.data.stores import ImageSet, read_h5, write_h5
 from ltbook.methods import method
 from ltbook.methods.recipe import recipe
 from ltbook.runs.folder import load_run
+from ltbook.runs.evaluate import evaluate
 from ltbook.runs.run import make_context, run
 from ltbook.train.feed import feed
 
@@ -217,9 +218,14 @@ def test_crops_of_whole_photographs_are_other_data(photographs, tmp_path):
     for crop in ('shift', 'resized'):
         r = recipe('mislas', 'x', profile='smoke', crop=crop, side=16)
         said = [make_context(r, tmp_path/d).fingerprint for d in 'de']
-        assert (said[0] == said[1]) == (crop == 'shift') and said[0]['train'] == said[1]['train']
+        assert [s.pop('crops', '') for s in said] == (['squares', 'whole'] if crop == 'resized' else ['', ''])
+        assert said[0] == said[1]
     run(r, tmp_path/'o', tmp_path/'d', say=lambda text: None)
-    with pytest.raises(UserError, match='belongs to other data'): run(r, tmp_path/'o', tmp_path/'e')
+    folder = run(r, tmp_path/'o', tmp_path/'d', say=lambda text: None)
+    assert evaluate(load_run(folder), weights=True, root=tmp_path/'e').metrics, 'a test has no random crops'
+    (folder/'done.json').unlink()
+    (folder/'metrics.json').unlink()
+    with pytest.raises(UserError, match='crops squares then, whole now'): run(r, tmp_path/'o', tmp_path/'e')
 
 
 @pytest.mark.parametrize('at', ['', 'a folder too high', 'a folder too deep'])

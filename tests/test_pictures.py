@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageCms
 
 from ltbook.data.checks import UserError
-from ltbook.data.folders import class_folders
+from ltbook.data.folders import class_folders, find_parts
 from ltbook.data.pictures import FITS, Reading, Seen, fit_square, full_scale, read_square, scale_of, to_rgb
 from ltbook.data.stores import import_folder, read_h5
 
@@ -275,3 +275,12 @@ def test_a_validation_folder_that_is_none_is_left_aside(tmp_path):
 def test_16_bits_without_a_scale(tmp_path):
     Image.fromarray(np.full((20, 20), 65535, np.uint16)).save(tmp_path/'x.png')
     assert (read_square(tmp_path/'x.png', Reading(8, 'crop'), None, Seen()) == 255).all()
+
+
+def test_parts_by_any_usual_name_and_none_taken_for_a_class(tmp_path):
+    for part in ('Training', 'Test'):
+        for c in 'ab':
+            for i in range(2): save(tmp_path/'s'/part/c/f'{i}.png')
+    assert [len(v) for v in find_parts(tmp_path/'s')['test'].values()] == [2, 2]
+    (tmp_path/'s'/'Test').rename(tmp_path/'s'/'dev')
+    with pytest.raises(UserError, match='has Training/ with folders in it, and no other part'): find_parts(tmp_path/'s')

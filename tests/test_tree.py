@@ -41,6 +41,8 @@ SHARES = dict(imagenet_lt=[('mislas', 2), ('difficulty_net', 1)],
               places_lt=[('class_balanced_experts', 1), ('dirmixe', 2)],
               inaturalist2018=[('sade', 2), ('mislas', 1)])
 
+SPENT = []      # seconds
+
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
@@ -145,4 +147,5 @@ def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
         assert run.recipe.crop == 'resized' and run.data['test'] == next(iter(runs.values())).data['test']
     fused = fuse_logits([run_members(r, stages=[r.stages[-1]])[0] for r in runs.values()])
     assert fused.log_p.shape == (n_test, 20) and torch.allclose(fused.log_p.exp().sum(1), torch.ones(n_test), atol=1e-4)
-    assert time.monotonic() - began < 360, 'six minutes'
+    SPENT.append(time.monotonic() - began)
+    assert sum(SPENT) < 360, 'six minutes for all that one process of the tests does'

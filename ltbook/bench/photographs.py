@@ -64,7 +64,9 @@ def files_row(
         data = ImageSet(FileStore(files, Reading(256, 'crop'), workers=workers), torch.arange(n) % 2, ('0', '1'))
         view, order = TrainView(data, Augmentation(crop='resized', side=224)), np.arange(n)
         usual = transforms.Compose([transforms.RandomResizedCrop(224), transforms.PILToTensor()])
-        top, left, h, w = place_crops(draw_numbers(n, np.random.default_rng(0)), (375, 500))
+        rng = np.random.default_rng(0)      # the crops of ours, batch by batch
+        drawn = np.concatenate([draw_numbers(batch, rng) for _ in range(n//batch)])
+        top, left, h, w = place_crops(drawn, (375, 500))
         boxes = np.stack([left, top, left + w, top + h], 1).tolist()
         loader = torch.utils.data.DataLoader(
             datasets.ImageFolder(folder, usual), batch, num_workers=workers, persistent_workers=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 import numpy as np
 from .checks import UserError, printable
-from .tables import read_table
+from .tables import PARTS, read_table
 
 # %% ../../nbs/data/0202_folders.ipynb #acefc8d0
 # of files that are pictures
@@ -50,22 +50,26 @@ def find_parts(
 ) -> dict[str, dict[str, list[Path]]]:  # train, test, and val where there are all three: class name -> files
     "Which pictures train and which test. Raises `UserError` for classes that cannot be trained on."
     found = read_table(folder) if folder.is_file() else {}
-    vals = [d for d in ('val', 'validation', 'valid') if d in found or (folder/d).is_dir()]
-    named = {d for d in ('train', 'test') if d in found or (folder/d).is_dir()}
-    if 'train' not in named or not ('test' in named or vals):
+    there = found or ([] if folder.is_file() else sorted(d.name for d in folder.iterdir() if d.is_dir()))
+    named = {PARTS[d.lower()]: d for d in there if d.lower() in PARTS}      # part -> what it is called here
+    if not {'train', 'test'} <= named.keys() and not {'train', 'val'} <= named.keys():
         whole = {} if found else class_folders(folder)
+        for d in named.values() if not found else ():      # a part, and no class: there are classes in it
+            if not any(map(is_picture, (folder/d).iterdir())) and any(p.is_dir() for p in (folder/d).iterdir()):
+                raise UserError(f'{folder} has {d}/ with folders in it, and no other part: call them train/ and '
+                                'test/ or val/, or give the folder that holds the classes.')
         for part in found.values(): whole = {k: sorted(whole.get(k, []) + part.get(k, [])) for k in {**whole, **part}}
         if len(whole) < 2: raise UserError(f'{folder} names 1 class, and there must be at least 2: add another one.')
         return _cut(whole, folder, test_fraction, np.random.default_rng(seed), say)
-    places = dict(train='train', test='test' if 'test' in named else vals[0])
-    if 'test' not in named: say(f'{vals[0]}/ is the part for testing.')
+    places = dict(train=named['train'], test=named.get('test', named.get('val')))
+    if 'test' not in named: say(f'{named["val"]}/ is the part for testing.')
     parts = {k: found[name] if found else class_folders(folder/name) for k, name in places.items()}
     train, test = parts['train'], parts['test']
-    if 'test' in named and vals: parts |= _validation(found or folder, vals[0], train, say)
+    if {'test', 'val'} <= named.keys(): parts |= _validation(found or folder, named['val'], train, say)
     if odd := sorted(test.keys() - train.keys()):
-        raise UserError(f'{folder/places["test"]} has classes that {folder/"train"} lacks: {_some(odd)}; '
+        raise UserError(f'{folder/places["test"]} has classes that {folder/places["train"]} lacks: {_some(odd)}; '
                         'add or remove them.')
-    if none := [c for c, files in train.items() if not files]: raise _no_pictures(folder/'train', none)
+    if none := [c for c, files in train.items() if not files]: raise _no_pictures(folder/places['train'], none)
     if untested := [c for c in train if not test.get(c)]:
         say(f'No pictures to test {_some(untested)}: such a class counts in no accuracy.')
     return {k: {c: part.get(c, []) for c in train} for k, part in parts.items()}
@@ -74,7 +78,9 @@ def _validation(found, name, train, say) -> dict:
     "The third part, where every class of it is one to train on; else it is left aside, and that is said."
     try: val = found[name] if isinstance(found, dict) else class_folders(found/name)
     except UserError as e: val, why = {}, str(e).split(':')[0]
-    else: why = f'{_some(odd)} is nothing to train on' if (odd := sorted(val.keys() - train.keys())) else ''
+    else:
+        why = f'{_some(odd)} is nothing to train on' if (odd := sorted(val.keys() - train.keys())) else ''
+        if not any(val.values()): why = 'it has no pictures'
     if why: say(f'{name}/ is left aside ({why}); the test part is test/.')
     else: say(f'{name}/ is kept for methods that need images to validate on; the test part is test/.')
     return {} if why else dict(val=val)

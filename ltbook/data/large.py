@@ -181,9 +181,9 @@ def declare_files(
                      side=reading.side, fit=reading.fit or 'crop', background=reading.background)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _kept(path, parts, progress)
         part = path.with_name(f'.{path.name}.{os.getpid()}.part')
         part.write_text(told.model_dump_json(indent=1) + '\n', encoding='utf-8')
-        _kept(path, parts, progress)
         part.replace(path)
     return path
 

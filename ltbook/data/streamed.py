@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from .stores import ImageSet
-from ..train.ranks import here
 
 # %% ../../nbs/data/026_streamed.ipynb #edfc9b29
 class RowStore:
@@ -50,11 +49,12 @@ def placed(
     parts: dict,  # name -> set, on the CPU
     device: str | torch.device,  # where they are wanted
     free: int | None = None,  # bytes; None asks the device, which is unbounded unless it is a GPU
+    processes: int = 1,  # of this machine, that share its GPUs
 ) -> dict:  # name -> set, whose batches lie on the device
     "All parts moved to a device, or, where all of them are too large for it, streamed to it from where they are."
     device = torch.device(device)
     if free is None and device.type == 'cuda':
-        free = torch.cuda.mem_get_info(device)[0]//-(-here().count//torch.cuda.device_count())
+        free = torch.cuda.mem_get_info(device)[0]//-(-processes//torch.cuda.device_count())
     wanted = sum(len(p)*int(np.prod(p.shape)) for p in parts.values() if isinstance(p, ImageSet))
     if free is None or wanted <= SHARE*free:
         return {k: p.to(device) for k, p in parts.items()}

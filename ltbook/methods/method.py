@@ -195,7 +195,7 @@ def context_of(
     method = get_method(recipe.method)
     data = data or recipe_data(recipe, root)
     parts, tail = parts_of(recipe, data)
-    context = Context(recipe, data, placed(parts, compute.device), tail, compute)
+    context = Context(recipe, data, placed(parts, compute.device, processes=compute.sharing.local), tail, compute)
     context.network = method.network(context)
     method.check(context)
     return context

@@ -83,7 +83,7 @@ def _take_block(network: nn.Module, found: dict[str, Tensor]) -> list[str]:
     if (block := getattr(network, 'block', None)) is None: return []
     named = {k: v for k, v in found.items() if {*BLOCK_NAMES} & set(k.split('.'))}
     prefix, fitting = best_prefix(named, block.state_dict())
-    if len(fitting) < len([*block.parameters()]): return ['the block behind the frozen body starts anew']
+    if dict(block.named_parameters()).keys() - {*fitting}: return ['the block behind the frozen body starts anew']
     block.load_state_dict({k: found[prefix + k] for k in fitting}, strict=False)
     return [f'the block {prefix[:-1]} behind the frozen body']
 

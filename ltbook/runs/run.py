@@ -15,8 +15,8 @@ from ..methods.method import Context, context_of, get_method, recipe_data
 from .environment import environment, note_captured, open_session
 from .folder import Run, in_its_place, load_run, open_folder, run_id
 from .keeping import (
-    begun, check_data, clean_finished, close_list, data_at_hand, fingerprints, initial_weights, make_manifest, owned,
-    positions, read_manifest, recover, remove_left, still_owned, tidy)
+    begun, check_data, clean_finished, close_list, crops_of, data_at_hand, fingerprints, initial_weights,
+    make_manifest, owned, positions, read_manifest, recover, remove_left, still_owned, tidy)
 from ..methods.recipe import Recipe, changed, recipe
 from ..models.weights import start_from
 from .measured import collect_metrics, stage_measures, write_predictions
@@ -47,7 +47,8 @@ def make_context(
                 sharing))
     compute.use()
     context = context_of(recipe, recipe_data(recipe, root), compute)
-    context.fingerprint = fingerprints(context.info, context.parts, recipe) | initial_weights(recipe, root)[1]
+    context.fingerprint = (fingerprints(context.info, context.parts) | crops_of(recipe, context.info)
+                           | initial_weights(recipe, root)[1])
     first = next(iter(method.stages_of(recipe).values()))(context)      # a batch larger than the set, say, shows here
     if recipe.first_side and not (first and first.before_epoch):
         raise UserError(f'The images of {recipe.method} can\'t grow: leave first_side out.')

@@ -33,13 +33,17 @@ def _last_words(log: Path) -> str:
     said = log.read_text(errors='replace').strip().splitlines() if log.is_file() else []
     return f': {said[-1][:300]}' if said else ''
 
+# what connections say whose other end is gone
+_LOST = r'Connection (closed|reset) by peer|Broken pipe|[Ss]ocket closed|pair closure|NCCL communicator was aborted'
+
 @contextmanager
 def lost_told() -> Iterator[None]:
     "A context of one of the processes of torchrun. Raises `UserError` when another one is lost."
     try: yield
     except RuntimeError as e:
-        if not re.search('onnection (closed|reset|refused)|peer|NCCL', str(e)): raise
-        raise UserError('Another process of this run was lost. The same command goes on.') from None
+        if not re.search(_LOST, str(e)): raise
+        raise UserError(f'Another process of this run was lost ({str(e).splitlines()[0][:150]}). '
+                        'The same command goes on.') from e
 
 @contextmanager
 def several(

@@ -190,7 +190,7 @@ def unused_images(
     "Images to calibrate on. Raises `UserError` if the run used (nearly) all of its data."
     data = recipe_data(run.recipe, root)
     parts, tail = parts_of(run.recipe, data)
-    check_data(run.id, run.data, fingerprints(data, parts, run.recipe))
+    check_data(run.id, run.data, fingerprints(data, parts))
     free = np.setdiff1d(np.arange(len(data.train)), np.r_[tail.indices, getattr(tail, 'meta', tail.indices[:0])])
     free = np.concatenate([free[data.train.labels[free] == k][:most] for k in range(data.train.n_classes)]).astype(int)
     missing = data.train.n_classes - len(set(data.train.labels[free].tolist()))

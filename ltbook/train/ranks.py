@@ -74,6 +74,11 @@ class Sharing:
         "Processes that work on a batch, those of torchrun included."
         return max(self.processes, here().count)
 
+    @property
+    def local(self) -> int:
+        "Processes of this machine that work on a batch."
+        return int(os.environ['LOCAL_WORLD_SIZE']) if launched() else self.processes
+
     def about(self, batch_size: int) -> dict:
         "What env.json says about it, for a recipe with this `batch_size`."
         pieces = self.count*self.accumulate

@@ -156,7 +156,7 @@ def test_a_set_too_large_for_the_device_gives_the_same_weights(name, device, tmp
     for k, v in dict(deterministic=True, allow_tf32=False).items(): monkeypatch.setattr(torch.backends.cudnn, k, v)
     r, found, kinds = recipe(name, profile='smoke', epochs=2, stage2_epochs=1, max_steps=None, batch_size=64), [], []
     for free in (2**40, 0):
-        def put(parts, device, free=free):
+        def put(parts, device, free=free, processes=1):
             made = placed(parts, device, free)
             kinds.append({type(p.store) for p in made.values()})
             return made

@@ -154,7 +154,7 @@ class TrainView(View):
         if a.rand_augment: self.auto = RandAugment(self.size, channels, self.device, a.rand_augment, a.rand_magnitude)
         self.side = self.size  # of the batches, pixels; may be set to less between epochs
         self.whole = a.crop == 'resized' and getattr(data.store, 'cuts', False)  # whether files have more than squares
-        self.cuts = self.whole or a.crop == 'resized' and isinstance(data.store, Tensor) and self.device.type == 'cpu'
+        self.cuts = self.whole or a.crop == 'resized' and getattr(data.store, 'is_cpu', False)
 
     def plan(
         self,

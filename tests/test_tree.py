@@ -104,8 +104,8 @@ def done(*words):
 def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
     began = time.monotonic()
     monkeypatch.setitem(LARGE, layout, as_published(layout))
-    name, (images, lists), n_test = layout, lay_out(layout, pictures, tmp_path/'set'), as_published(layout).parts
-    n_test = n_test.get('test', n_test['val'])[0]
+    name, (images, lists), known = layout, lay_out(layout, pictures, tmp_path/'set'), as_published(layout).parts
+    n_test = known.get('test', known['val'])[0]
     data = ['--data-root', tmp_path/'data']
     said = done('doctor', name, '--images', images, '--lists', lists, '--deep')
     assert '450 images, 20 classes, 115 to 2 a class' in said and 'All files are there' in said

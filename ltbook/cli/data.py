@@ -7,7 +7,8 @@ __all__ = ['shift_', 'features_', 'doctor_', 'pack_', 'import_', 'bench_']
 
 # %% ../../nbs/cli/792_data.ipynb #44940a6c
 import shlex
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -101,15 +102,19 @@ def doctor_(
     if faults: raise UserError(f'{file}: ' + '; '.join(faults) + '.')
     for k, v in describe_features(file).items(): console.print(f'{k:15} {v}', soft_wrap=True)
 
+@contextmanager
+def _progress(text: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    "A bar that goes when it is full; told how many are done, and of how many."
+    from rich.progress import Progress
+    with Progress(console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
 def _doctor_large(name: str, images: Path | None, lists: Path | None, deep: bool) -> None:
     "What is there of a set with lists; exit code 1 where something is missing."
     from ltbook.data.large import describe_large
-    from rich.progress import Progress
     if not images or not lists: raise UserError('A set with lists needs both: --images FOLDER --lists FOLDER')
-    with Progress(console=console, transient=True, disable=not deep) as bar:
-        task = bar.add_task('decoding', total=None)
-        lines, good = describe_large(name, images, lists, deep,
-                                     lambda done, of: bar.update(task, completed=done, total=of))
+    with _progress('decoding', deep) as show: lines, good = describe_large(name, images, lists, deep, show)
     for text in lines: console.print(text, soft_wrap=True)
     if not good: raise typer.Exit(1)
 
@@ -131,14 +136,11 @@ def pack_(
     from ltbook.data.large import declare_files, pack_large
     from ltbook.data.pictures import Reading
     from ltbook.data.stores import new_place
-    from rich.progress import Progress
 
     root = find_root(data_root)
     new_place(name, root, force)
     reading = Reading(size, fit, background)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task('looking' if as_files else 'packing', total=None)
-        show = lambda done, of: bar.update(task, completed=done, total=of)
+    with _progress('looking' if as_files else 'packing') as show:
         if as_files: file = declare_files(name, images, lists, root, reading, show)
         else: file = pack_large(name, images, lists, root, reading, workers, show)
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)

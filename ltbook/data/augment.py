@@ -48,8 +48,8 @@ def crop_flip(
 ) -> Tensor:  # uint8 (B, C, height, width), channels last in memory
     "Cut one rectangle out of each image and mirror some of them; offsets are not checked here."
     # who watches what PyTorch does, to do it again, would not see NumPy
-    seen = padded.device == torch.device('cpu') and not is_in_torch_dispatch_mode()
-    cut = _from_windows if seen else _gathered
+    unseen = padded.device == torch.device('cpu') and not is_in_torch_dispatch_mode()
+    cut = _from_windows if unseen else _gathered
     return cut(padded, index, top, left, flip, *size).permute(0, 3, 1, 2)
 
 def _gathered(padded, index, top, left, flip, height: int, width: int) -> Tensor:

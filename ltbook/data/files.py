@@ -19,13 +19,11 @@ from .lists import ImageList
 from .pictures import Reading, Seen, read_square
 from .resized import place_crop
 from .stores import ImageSet
+from .streamed import Streamed
 
 # %% ../../nbs/data/022_files.ipynb #421199c7
-class FileStore:
+class FileStore(Streamed):
     "What a uint8 tensor (N, side, side, 3) would hold, read from files when it is asked for."
-    dtype, ndim, ahead = torch.uint8, 4, 2  # of its rows; batches to be read while one is trained on
-    asked = torch.device('cpu')  # where files are chosen
-
     def __init__(
         self,
         files: Sequence[Path],  # N pictures
@@ -53,9 +51,8 @@ class FileStore:
         "One picture. Raises `UserError` that names a broken or missing file."
         return read_square(self.files[i], self.reading, self.scale, Seen())
 
-    def index_select(self, dim: int, index: Tensor) -> Tensor:  # uint8 (B, side, side, 3)
-        "The pictures at int64 (B,), in that order; `dim` is 0, as images lie along the first axis."
-        if dim != 0: raise IndexError('pictures are chosen along the first axis')
+    def fetch(self, index: Tensor) -> Tensor:
+        "The pictures at int64 (B,): uint8 (B, side, side, 3)."
         return self._together(self.read, index.tolist(), self.reading.side)
 
     def crops(
@@ -77,8 +74,7 @@ class FileStore:
 
     def _together(self, read: Callable[..., np.ndarray], index: list[int], side: int, *more: list) -> Tensor:
         "What `read` says about every position, by as many threads as there are; each has its share of the pictures."
-        pinned = self.device.type == 'cuda'
-        batch = torch.empty((len(index), side, side, 3), dtype=self.dtype, pin_memory=pinned)
+        batch = self._room(len(index), side, side, 3)
         found = batch.numpy()
         def put(share: np.ndarray) -> None:
             for k in share.tolist(): found[k] = read(index[k], *(m[k] for m in more))
@@ -86,7 +82,7 @@ class FileStore:
         if self.workers == 1: put(every)
         else:
             with ThreadPoolExecutor(self.workers) as pool: list(pool.map(put, np.array_split(every, 4*self.workers)))
-        return batch.to(self.device, non_blocking=True)
+        return self._sent(batch)
 
     def __getitem__(self, index: Tensor) -> 'FileStore':
         "A part of the files, in the order of int64 (B,); none is read."

@@ -50,7 +50,8 @@ def find_parts(
 ) -> dict[str, dict[str, list[Path]]]:  # train, test, and val where there are all three: class name -> files
     "Which pictures train and which test. Raises `UserError` for classes that cannot be trained on."
     found = read_table(folder) if folder.is_file() else {}
-    there = found or ([] if folder.is_file() else sorted(d.name for d in folder.iterdir() if d.is_dir()))
+    there = found or sorted(d.name for d in folder.iterdir() if d.is_dir())
+    def read(name: str) -> dict: return found[name] if found else class_folders(folder/name)
     named = {PARTS[d.lower()]: d for d in there if d.lower() in PARTS}      # part -> what it is called here
     if not {'train', 'test'} <= named.keys() and not {'train', 'val'} <= named.keys():
         whole = {} if found else class_folders(folder)
@@ -63,9 +64,9 @@ def find_parts(
         return _cut(whole, folder, test_fraction, np.random.default_rng(seed), say)
     places = dict(train=named['train'], test=named.get('test', named.get('val')))
     if 'test' not in named: say(f'{named["val"]}/ is the part for testing.')
-    parts = {k: found[name] if found else class_folders(folder/name) for k, name in places.items()}
+    parts = {k: read(name) for k, name in places.items()}
     train, test = parts['train'], parts['test']
-    if {'test', 'val'} <= named.keys(): parts |= _validation(found or folder, named['val'], train, say)
+    if {'test', 'val'} <= named.keys(): parts |= _validation(read, named['val'], train, say)
     if odd := sorted(test.keys() - train.keys()):
         raise UserError(f'{folder/places["test"]} has classes that {folder/places["train"]} lacks: {_some(odd)}; '
                         'add or remove them.')
@@ -74,9 +75,9 @@ def find_parts(
         say(f'No pictures to test {_some(untested)}: such a class counts in no accuracy.')
     return {k: {c: part.get(c, []) for c in train} for k, part in parts.items()}
 
-def _validation(found, name, train, say) -> dict:
+def _validation(read, name, train, say) -> dict:
     "The third part, where every class of it is one to train on; else it is left aside, and that is said."
-    try: val = found[name] if isinstance(found, dict) else class_folders(found/name)
+    try: val = read(name)
     except UserError as e: val, why = {}, str(e).split(':')[0]
     else:
         why = f'{_some(odd)} is nothing to train on' if (odd := sorted(val.keys() - train.keys())) else ''

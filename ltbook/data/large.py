@@ -13,11 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 from .checks import UserError, printable, writing
 from .files import file_set, missing_files
-from .fingerprint import row_hashes
 from .lists import (
     LARGE, ImageList, by_count, category_names, check_lists, find_lists, read_json_list, read_list)
 from .pack import pack, packing
@@ -211,11 +209,8 @@ def _kept(path: Path, parts: dict[str, ImageSet], progress=lambda done, of: None
         if str(f['what']) == what and all(rows[k].shape == (len(p), 32) for k, p in parts.items()): return rows
     rows, total, done = {}, sum(map(len, parts.values())), 0
     for k, p in parts.items():
-        hashed = []
-        for i in torch.arange(len(p)).split(512):
-            hashed.append(row_hashes(p.gather(i).numpy()))
-            progress(done := done + len(i), total)
-        rows[k] = np.concatenate(hashed)
+        rows[k] = p.hashed(lambda here: progress(done + here, total))
+        done += len(p)
     part = beside.with_name(f'{beside.name}.{os.getpid()}.part')
     with suppress(OSError):
         with part.open('wb') as f: np.savez(f, what=np.array(what), **rows)

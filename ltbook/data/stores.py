@@ -21,7 +21,7 @@ from torch import Tensor
 from .checks import UserError, check_name, printable, writing
 from .html import Picture, html_table
 from .hdf5 import creating, mapped, stored, try_to_open
-from .fingerprint import file_stamp, is_known, kept_rows, row_hashes, set_hash
+from .fingerprint import file_stamp, hashes_by_piece, is_known, kept_rows, set_hash
 from .folders import find_parts
 from .pictures import Reading, Seen, class_table, read_part, scale_of
 
@@ -103,8 +103,10 @@ class ImageSet:
     @cached_property
     def rows(self) -> np.ndarray:
         "SHA-256 of every image: uint8 (N, 32)."
-        pieces = torch.arange(len(self), device=self.labels.device).split(4096)
-        return np.concatenate([row_hashes(self.gather(p).cpu().numpy()) for p in pieces])
+        return self.hashed()
+    def hashed(self, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
+        "The `rows`, uint8 (N, 32), made anew; `progress` is told how many images are done."
+        return hashes_by_piece(lambda a, b: self.gather(torch.arange(a, b)).cpu().numpy(), len(self), progress)
     def _repr_html_(self) -> str:
         "What a notebook shows: the largest and the smallest classes, each with its first image."
         counts, order = self.counts, np.argsort(-self.counts, kind='stable')

@@ -30,6 +30,7 @@ setup(
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
     extras_require={'workbook': workbook, 'dev': workbook + dev, 'timm': ['timm>=1.0'],
+                    'torchcodec': ['torchcodec>=0.16'],
                     'ray': ['ray>=2.40'], 'slurm': ['submitit>=1.5,<2'],
                     'onnx': ['onnx>=1.16', 'onnxscript>=0.3'],
                     'tensorboard': ['tensorboard>=2.14'], 'mlflow': ['mlflow>=2.10'], 'wandb': ['wandb>=0.16'],

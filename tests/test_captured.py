@@ -6,6 +6,7 @@ import sys
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,32 @@ def test_strong_views_replayed(changes, monkeypatch):
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6, equal_nan=True)
     stage = stage_of('reweighting', **{k: v for k, v in changes.items() if k not in ('batch_size', 'monkeypatch')})
+    loaded = load(stage, np.arange(16), np.random.default_rng(0))
+    assert host_questions(lambda: stage.view.apply(loaded)) == []
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [dict(crop='resized', side=8, pad=0), dict(grey=.3, blur=.4), dict(crop='resized', side=8, pad=0, blur=.5)],
+    ids=['crops', 'blur', 'both'])
+def test_views_of_photographs_replayed(changes, monkeypatch):
+    "Crops resized and images blurred in the form these have on a GPU, where nothing may be asked"
+    from ltbook.data import views
+
+    class Far(TrainView):
+        def __init__(self, *a):
+            super().__init__(*a)
+            self.cuts = False      # the images lie on the device
+    monkeypatch.setattr('ltbook.methods.method.TrainView', Far)
+    monkeypatch.setattr(views, 'resized_crops', partial(views.resized_crops, dense=True))
+    monkeypatch.setattr(views, 'grey_and_blur', partial(views.grey_and_blur, dense=True))
+    cuda, changes = TapeCuda(), dict(batch_size=32, monkeypatch=monkeypatch, **changes)
+    a, b = trained('mislas', 'stage1', False, **changes), trained('mislas', 'stage1', True, cuda=cuda, **changes)
+    assert max(g.replays for g in cuda.graphs) > 3
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    torch.testing.assert_close(a[1], b[1], rtol=1e-6, atol=1e-6, equal_nan=True)
+    stage = stage_of('mislas', **{k: v for k, v in changes.items() if k not in ('batch_size', 'monkeypatch')})
+    assert type(stage.view) is Far and can_capture(stage)
     loaded = load(stage, np.arange(16), np.random.default_rng(0))
     assert host_questions(lambda: stage.view.apply(loaded)) == []
 

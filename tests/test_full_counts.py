@@ -1,11 +1,15 @@
 """The three large sets at their published sizes, without their images: lists, samplers, shot groups, the hash of what
 is trained on, measures, and writing and reading of predictions. A process of its own does it all, and its time and
 memory are counted. Class counts are generated: published totals, largest and smallest class, sizes of the groups."""
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
 
 from ltbook.data.lists import LARGE
+from ltbook.data.stores import ImageSet, write_h5
+from ltbook.methods.recipe import recipe
+from ltbook.runs.run import run
+from ltbook.train import loop
 
 # classes, train images, largest, smallest, (many, medium, few) by 100/20, test images, beginning of a path
 SETS = dict(
@@ -105,3 +109,25 @@ def test_everything_but_the_images_at_full_size(name, tmp_path):
     assert found['copied'] < 10, 'MiB: logits of 795 MB are written and read where they lie'
     assert found['seconds'] < 60 and found['memory'] < 3000, found
     assert .5 < found['top1'] <= 1 and abs(found['few'] - found['top1']) < .1
+
+
+def test_an_epoch_costs_less_than_a_second_beside_its_steps(tmp_path, monkeypatch):
+    """Orders of 437,513 images by instance and by class, and a checkpoint with heads of 8,142 classes, in epochs of two
+    steps on pictures of 8 pixels"""
+    n_classes, total, largest, smallest, groups, *_ = SETS['inaturalist2018']
+    names, of = tuple(map(str, range(n_classes))), np.repeat(
+        np.arange(n_classes), generated(n_classes, total, largest, smallest, groups))
+    def pictures(labels): return ImageSet(torch.zeros(len(labels), 8, 8, 1, dtype=torch.uint8), labels, names)
+    write_h5(tmp_path/'big.h5', pictures(torch.from_numpy(of)), pictures(torch.arange(n_classes)))
+    save, ends, sizes = loop.save_state, [], []
+    def saved(path, state):
+        save(path, state)
+        sizes.append(path.stat().st_size)
+        ends.append((path.name, time.perf_counter()))
+        return path
+    monkeypatch.setattr(loop, 'save_state', saved)
+    r = recipe('crt', 'big', imbalance=None, backbone='resnet10', side=8, pad=0, epochs=3, stage2_epochs=3, max_steps=2)
+    run(r, tmp_path/'out', root=tmp_path, device='cpu')
+    assert len(ends) == 6 and min(sizes) > 4*512*n_classes      # as many as epochs, each with a whole head
+    for part in (ends[:3], ends[3:]):      # the quickest, as other processes may be at work
+        assert min(b - a for (_, a), (_, b) in zip(part, part[1:])) < 1, ends

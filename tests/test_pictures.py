@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from sklearn.datasets import load_sample_image
 
+import ltbook.data.pictures as pictures
 from ltbook.data.checks import UserError
 from ltbook.data.folders import class_folders, find_parts
 from ltbook.data.pictures import FITS, Reading, Seen, fit_square, full_scale, read_square, scale_of, to_rgb
@@ -222,7 +224,6 @@ def test_a_class_of_one_picture_trains_at_the_command_line(tmp_path):
 
 def test_a_table_gives_what_folders_give(tmp_path, monkeypatch):
     "The same pictures by class folders and by a CSV, in memory and through a file, are the same set to the byte"
-    import ltbook.data.pictures as pictures
     rng, rows = np.random.default_rng(0), ['path,label']
     for k, n in dict(wren=7, crow=4).items():
         (tmp_path/'set'/k).mkdir(parents=True)
@@ -284,3 +285,29 @@ def test_parts_by_any_usual_name_and_none_taken_for_a_class(tmp_path):
     assert [len(v) for v in find_parts(tmp_path/'s')['test'].values()] == [2, 2]
     (tmp_path/'s'/'Test').rename(tmp_path/'s'/'dev')
     with pytest.raises(UserError, match='has Training/ with folders in it, and no other part'): find_parts(tmp_path/'s')
+
+
+@pytest.mark.parametrize('kind', [dict(), dict(progressive=True), dict(subsampling=0), dict(subsampling=1),
+                                  dict(keep_rgb=True), dict(restart_marker_blocks=4), dict(turned=6), dict(turned=5),
+                                  dict(mode='L'), dict(mode='CMYK')], ids=str)
+def test_torchcodec_and_pillow_give_the_same_parts(kind, tmp_path, monkeypatch):
+    "Whole files and broken ones: the same bytes, or the same sentence"
+    pytest.importorskip('torchcodec')
+    assert pictures.torchcodec_jpeg()
+    exif, file = Image.Exif(), tmp_path/'x.jpg'
+    if turned := kind.pop('turned', 0): exif[0x0112] = turned
+    photo = Image.fromarray(load_sample_image('flower.jpg')).crop((100, 50, 433, 271))
+    photo.convert(kind.pop('mode', 'RGB')).save(file, exif=exif, quality=85, **kind)
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    some = [whole, whole + b'more', whole[:-30], whole[:len(whole)//2], whole[:700]]
+    for k in range(12):
+        damaged = bytearray(whole)
+        for at in rng.integers(600, len(whole), 3): damaged[at] ^= int(rng.integers(1, 256))
+        some.append(bytes(damaged))
+    def read(data):
+        file.write_bytes(data)
+        try: return read_square(file, Reading(120, 'crop'), None, Seen(), lambda w, h: (7, 20, w - 3, h - 40)).tolist()
+        except UserError as e: return str(e)
+    quick = [read(data) for data in some]
+    monkeypatch.setattr(pictures, 'torchcodec_jpeg', lambda: None)
+    assert quick == [read(data) for data in some] and isinstance(quick[0], list) and 'truncated' in quick[2]

@@ -1,13 +1,18 @@
 ("Words from shells, YAML and papermill mean the same in every usual "
  "spelling; what is no finite number is refused everywhere")
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from typing import get_args
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from ltbook.cli.main import app
 from ltbook.data.checks import UserError
 from ltbook.methods.method import methods
 from ltbook.methods.recipe import Recipe, recipe
@@ -140,3 +145,19 @@ def test_a_run_of_a_method_that_is_not_here_is_one_sentence(tmp_path):
     for words in (['sweep', '--method', 'mislas', '--dry-run'], ['show'], ['eval', 'digits/mislas/0-da318a07']):
         p = ltbook(*words)
         assert 'UserWarning' not in p.stderr and '.py:' not in p.stderr, p.stderr
+
+
+def test_the_sentence_is_heard_whoever_ends_the_process(monkeypatch):
+    "As where several processes are ended because one was lost: the request comes while a mistake is told"
+    heard, said = [], typer.echo
+    def in_a_hurry(*a, **k):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return said(*a, **k)
+    def mine(*_): heard.append(1)
+    monkeypatch.setattr(typer, 'echo', in_a_hurry)
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        p = CliRunner().invoke(app, ['run', 'no_such_method', 'digits'])
+        assert p.exit_code == 2 and 'no_such_method' in p.output and not heard
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally: signal.signal(signal.SIGTERM, before)

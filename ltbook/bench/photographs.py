@@ -15,7 +15,7 @@ from .loops import take_turns
 from .testing import one_thread
 from .training import NotRun, child, versus
 from ..data.files import FileStore
-from ..data.pictures import Reading
+from ..data.pictures import Reading, torchcodec_jpeg
 from ..data.resized import draw_numbers, place_crops
 from ..data.stores import ImageSet, read_h5, write_h5
 from ..data.views import Augmentation, TrainView
@@ -79,7 +79,7 @@ def files_row(
             loader=lambda: sum(len(y) for _, y in loader))
         speeds = take_turns(ways, 2*seconds, warm=1)
     return versus(speeds['plain'], speeds['ours'], baseline_is='bare Pillow in threads', threads=workers,
-                  data_loader=median(speeds['loader']))
+                  data_loader=median(speeds['loader']), decoder='TorchCodec' if torchcodec_jpeg() else 'Pillow')
 
 # %% ../../nbs/bench/698_photographs.ipynb #03079def
 def packed_row(

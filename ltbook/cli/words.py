@@ -38,20 +38,26 @@ class PoliteGroup(TyperGroup):
 
     def invoke(self, ctx):
         "Run a verb of `ctx`, and end with one sentence and its exit code where it fails."
-        try:
-            with ending_on_term(), warnings.catch_warnings():
-                warnings.showwarning = _warn
-                return super().invoke(ctx)
-        except (typer.Exit, typer.Abort): raise      # of typer itself, as after --help; they are RuntimeErrors, too
-        except UserError as e: code, text = 2, f'Error: {e}'
-        except BrokenPipeError: raise                # as of `| head`: nobody listens any more
-        except OSError as e: code, text = 2, f'Error: {e.strerror or e}: {str(e.filename)[:100]}. Give another name.'
-        except (RuntimeError, ArithmeticError) as e: code, text = 1, f'Failed: {e}'
-        except KeyboardInterrupt as e:
+        with ending_on_term() as deaf, warnings.catch_warnings():
+            warnings.showwarning = _warn
+            try: return super().invoke(ctx)
+            except BaseException as e:
+                deaf()      # whoever ends processes is impatient, and the sentence is what a user has of this one
+                code, text = _last_words(e)
+                typer.echo('\n'.join(map(printable, text.splitlines())), err=True)
+                raise typer.Exit(code) from e
+
+def _last_words(e: BaseException) -> tuple[int, str]:
+    "Exit code and sentence of what ended a verb; raises what has none."
+    match e:
+        case typer.Exit() | typer.Abort() | BrokenPipeError(): raise e      # --help; `| head`: nobody listens any more
+        case UserError(): return 2, f'Error: {e}'
+        case OSError(): return 2, f'Error: {e.strerror or e}: {str(e.filename)[:100]}. Give another name.'
+        case RuntimeError() | ArithmeticError(): return 1, f'Failed: {e}'
+        case KeyboardInterrupt():
             code = 143 if isinstance(e, Terminated) else 130
-            text = str(e) or 'Stopped. The same command goes on where it was.'
-        typer.echo('\n'.join(map(printable, text.splitlines())), err=True)
-        raise typer.Exit(code)
+            return code, str(e) or 'Stopped. The same command goes on where it was.'
+    raise e
 
 def _warn(message, category, filename, lineno, file=None, line=None):
     "A warning as a sentence: what line of the package it comes from tells a user nothing."

@@ -96,6 +96,13 @@ class FileStore(Streamed):
         "The same, with its rows on another `device`."
         return self.like(self.files, device)
 
+    def share(
+        self,
+        processes: int,  # one or more
+    ) -> None:
+        "Decode in no more threads than there are cores for each of so many processes."
+        if processes > 1: self.workers = min(self.workers, max(1, (os.cpu_count() or 1)//processes))
+
 # %% ../../nbs/data/022_files.ipynb #41546a3d
 def file_set(
     part: ImageList,  # which pictures, and of what
@@ -109,8 +116,8 @@ def file_set(
     if missing := missing_files(part, root):
         advice = ('name the folder that the list is relative to' if len(missing) == len(files) else
                   'add what is missing, or take its lines out of the list')
-        raise UserError(f'{len(missing)} of {len(files)} pictures of {part.source} are not in {root}, the first '
-                        f'is {printable(missing[0])}; {advice}.')
+        raise UserError(f'{len(missing)} of {len(files)} pictures of {part.source} are not in {root}, the first is '
+                        f'{printable(missing[0])} ({part.where(part.files.index(missing[0]))}); {advice}.')
     return ImageSet(FileStore(files, reading, workers=workers), torch.from_numpy(part.labels), tuple(classes))
 
 def missing_files(

@@ -8,6 +8,7 @@ __all__ = ['LARGE', 'ImageList', 'read_list', 'read_json_list', 'category_names'
 
 # %% ../../nbs/data/021_lists.ipynb #7ce4aac2
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,14 @@ class ImageList:
     files: tuple[str, ...]  # N paths with forward slashes, relative to a folder of images
     labels: np.ndarray  # int64 (N,), class ids from 0 on
     source: str  # where it was read
+    lines: tuple[int, ...] = ()  # N lines of that file, from 1 on; none where it has none
     def __len__(self) -> int: return len(self.files)
+    def where(
+        self,
+        k: int,  # position of an image
+    ) -> str:  # "train.txt, line 3"
+        "Where that image was read."
+        return f'{self.source}, line {self.lines[k]}' if self.lines else self.source
     @cached_property
     def counts(self) -> np.ndarray:
         "Images of every class id: int64 (C,)."
@@ -47,7 +55,7 @@ def read_list(
         seen[file] = number
         labels.append(label)
     if not labels: raise UserError(f'The list {path} names no images; give one with a path and a label a line.')
-    return ImageList(tuple(seen), np.array(labels, np.int64), str(path))
+    return ImageList(tuple(seen), np.array(labels, np.int64), str(path), tuple(seen.values()))
 
 def _entry(line: str, where: str) -> tuple[str, int]:
     "Path and label of a line."
@@ -76,8 +84,9 @@ def read_json_list(
         raise UserError(f'{path} lacks {e} for an image; give the JSON of the competition, with '
                         'images and annotations.') from None
     for file, k in names: _entry(f'{file} {k}', str(path))
-    if len(dict(names)) < len(names): raise UserError(f'{path} names an image twice; correct the file.')
     if not names: raise UserError(f'{path} names no images; give the JSON of the train or val part.')
+    file, times = Counter(file for file, _ in names).most_common(1)[0]
+    if times > 1: raise UserError(f'{path} names {printable(file)} {times} times; leave one image of that name.')
     files, labels = zip(*names)
     return ImageList(files, np.array(labels, np.int64), str(path))
 
@@ -116,17 +125,21 @@ def check_lists(
     of = {}
     for name, part in parts.items():
         if part.counts.size > train.counts.size:
-            raise UserError(f'{part.source} has class {part.counts.size - 1}, but {train.source} only '
+            first = int(np.argmax(part.labels >= train.counts.size))
+            raise UserError(f'{part.where(first)}: class {part.labels[first]}, but {train.source} has only '
                             f'{train.counts.size} classes: give lists of one set.')
         if name in _SHIFTS: continue
-        for f in part.files:
+        for k, f in enumerate(part.files):
             if of.setdefault(f, name) != name:
-                raise UserError(f'{printable(f)} is in {parts[of[f]].source} and in {part.source}; remove it from one.')
+                other = parts[of[f]]
+                raise UserError(f'{part.where(k)}: {printable(f)} is in {other.where(other.files.index(f))}, too; '
+                                'remove it from one.')
     tested = 'test' if 'test' in parts else 'val'
     for name in _SHIFTS if tested in parts else ():
-        if strange := next((f for f in parts[name].files if of.get(f) != tested), '') if name in parts else '':
-            raise UserError(f'{printable(strange)} of {parts[name].source} is not in {parts[tested].source}, of which '
-                            'it should be a part: give lists of one set.')
+        for k, f in enumerate(parts[name].files if name in parts else ()):
+            if of.get(f) != tested:
+                raise UserError(f'{parts[name].where(k)}: {printable(f)} is not in {parts[tested].source}, of which '
+                                'this should be a part: give lists of one set.')
 
 # %% ../../nbs/data/021_lists.ipynb #624b2f16
 def by_count(

@@ -28,6 +28,12 @@ class Streamed:
         if dim != 0: raise IndexError('images are chosen along the first axis')
         return self.fetch(index)
 
+    def share(
+        self,
+        processes: int,  # one or more
+    ) -> None:
+        "Told how many processes of this machine read at once."
+
     def _room(self, *shape: int) -> Tensor:
         "Main memory for a batch; pinned for a GPU, which takes it from there by itself."
         return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == 'cuda')
@@ -68,6 +74,8 @@ def placed(
 ) -> dict:  # name -> set, whose batches lie on the device
     "All parts moved to a device, or, where all of them are too large for it, streamed to it from where they are."
     device = torch.device(device)
+    for p in parts.values():
+        if isinstance(p, ImageSet) and isinstance(p.store, Streamed): p.store.share(processes)
     if free is None and device.type == 'cuda':
         free = torch.cuda.mem_get_info(device)[0]//-(-processes//torch.cuda.device_count())
     wanted = sum(len(p)*int(np.prod(p.shape)) for p in parts.values() if isinstance(p, ImageSet))

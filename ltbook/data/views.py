@@ -131,7 +131,7 @@ class TrainView(View):
         super().__init__(data)
         a, channels, self.augmentation = augmentation, data.shape[2], augmentation
         self.shape = (a.side, a.side) if a.side else data.shape[:2]
-        self.size, self.recordable = min(self.shape), a.crop == 'shift' and not a.grey and not a.blur
+        self.size = min(self.shape)
         one_of(a.crop, ('shift', 'resized'), 'crop')
         if a.crop == 'resized' and (a.pad or not a.side): raise UserError('crop=resized needs a side, and pad=0.')
         if a.mixup_alpha < 0: raise UserError(f'mixup_alpha must not be negative, got {a.mixup_alpha}.')

@@ -7,7 +7,7 @@ __all__ = ['Terminated', 'ending_on_term', 'cores', 'child_env', 'note_import', 
 
 # %% ../../nbs/train/47_processes.ipynb #ec0ab514
 import os, signal, subprocess, sys, threading, time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from ..data.checks import UserError, printable
@@ -17,15 +17,18 @@ class Terminated(KeyboardInterrupt):
     "Somebody sent SIGTERM: treated as Ctrl-C, but for the exit code."
 
 @contextmanager
-def ending_on_term() -> Iterator[None]:
+def ending_on_term() -> Iterator[Callable[[], None]]:  # to be called before last words: no such request is heard then
     ("Within it, a polite request to end (SIGTERM) unwinds the stack as "
      "Ctrl-C does. Does nothing outside the main thread.")
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     def stop(*_): raise Terminated
+    def deaf():
+        with suppress(Terminated): signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)      # a request that came just before has had its say
     before = signal.signal(signal.SIGTERM, stop)
-    try: yield
+    try: yield deaf
     finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../../nbs/train/47_processes.ipynb #a9e19d83

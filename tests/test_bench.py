@@ -84,7 +84,7 @@ def test_the_rows_of_the_table():
 def test_what_is_not_run_says_why(tmp_path, monkeypatch):
     with pytest.raises(NotRun, match='no finished run'): evidence(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    for name in ('gpu_mislas_200_epochs', 'gpu_mislas_8_seeds', 'gpu_cifar_reproduction'):
+    for name in ('gpu_mislas_200_epochs', 'gpu_mislas_8_seeds', 'gpu_photographs', 'gpu_cifar_reproduction'):
         with pytest.raises(NotRun, match='no CUDA device'): bench.ROWS[name][1](1.)
 
 

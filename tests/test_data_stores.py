@@ -332,3 +332,16 @@ def test_channels_first_is_turned_where_nothing_else_can_be_meant(shape, tmp_pat
 def test_other_channels_are_refused(shape):
     with pytest.raises(UserError, match='1 or 3 channels'):
         ImageSet(torch.zeros(shape, dtype=torch.uint8), torch.arange(4), tuple('abcd'))
+
+
+def test_processes_of_a_machine_share_its_cores_when_they_decode(monkeypatch):
+    "As many threads as there are cores, a share of them for each of several processes, or what was asked for"
+    import ltbook.data.files as files
+    from ltbook.data.pictures import Reading
+    from ltbook.data.streamed import placed
+    monkeypatch.setattr(files, 'cores', lambda: 8)
+    def threads(workers, processes):
+        store = files.FileStore([Path('a.png')], Reading(8, 'crop'), workers=workers)
+        made = placed(dict(train=ImageSet(store, torch.tensor([0]), ('a',))), 'cpu', processes=processes)['train']
+        return made.subset(np.array([0])).store.workers
+    assert [threads(None, n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1] and [threads(5, n) for n in (1, 4)] == [5, 5]

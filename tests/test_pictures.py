@@ -287,27 +287,44 @@ def test_parts_by_any_usual_name_and_none_taken_for_a_class(tmp_path):
     with pytest.raises(UserError, match='has Training/ with folders in it, and no other part'): find_parts(tmp_path/'s')
 
 
-@pytest.mark.parametrize('kind', [dict(), dict(progressive=True), dict(subsampling=0), dict(subsampling=1),
-                                  dict(keep_rgb=True), dict(restart_marker_blocks=4), dict(turned=6), dict(turned=5),
-                                  dict(mode='L'), dict(mode='CMYK')], ids=str)
+XMP = (b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+       b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+       b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>')
+
+
+@pytest.mark.parametrize(
+    'kind', [dict(), dict(progressive=True), dict(subsampling=0), dict(subsampling=1), dict(keep_rgb=True),
+             dict(restart_marker_blocks=4), dict(turned=6), dict(turned=5), dict(turned=3), dict(noted=3), dict(noted=6),
+             dict(mode='L'), dict(mode='CMYK')], ids=str)
 def test_torchcodec_and_pillow_give_the_same_parts(kind, tmp_path, monkeypatch):
-    "Whole files and broken ones: the same bytes, or the same sentence"
+    """Whole files and broken ones: the same bytes, or the same sentence. Pillow alone reads what lies on its side, by
+    EXIF or by XMP, and what is not in colour."""
     pytest.importorskip('torchcodec')
-    assert pictures.torchcodec_jpeg()
-    exif, file = Image.Exif(), tmp_path/'x.jpg'
-    if turned := kind.pop('turned', 0): exif[0x0112] = turned
+    real, calls, exif, file = pictures.torchcodec_jpeg(), [], Image.Exif(), tmp_path/'x.jpg'
+    def decode(data):
+        pixels = real(data)
+        calls.append(tuple(pixels.shape))
+        return pixels
+    monkeypatch.setattr(pictures, 'torchcodec_jpeg', lambda: decode)
+    alone = {'turned', 'noted', 'mode'} & kind.keys()
+    if 'turned' in kind: exif[0x0112] = kind['turned']
     photo = Image.fromarray(load_sample_image('flower.jpg')).crop((100, 50, 433, 271))
-    photo.convert(kind.pop('mode', 'RGB')).save(file, exif=exif, quality=85, **kind)
+    ways = {k: v for k, v in kind.items() if k not in ('mode', 'noted', 'turned')}
+    photo.convert(kind.get('mode', 'RGB')).save(file, exif=exif, quality=85, **ways)
     whole, rng = file.read_bytes(), np.random.default_rng(0)
+    if 'noted' in kind:
+        note = XMP % kind['noted']
+        whole = whole[:2] + b'\xff\xe1' + (len(note) + 2).to_bytes(2, 'big') + note + whole[2:]
     some = [whole, whole + b'more', whole[:-30], whole[:len(whole)//2], whole[:700]]
     for k in range(12):
         damaged = bytearray(whole)
-        for at in rng.integers(600, len(whole), 3): damaged[at] ^= int(rng.integers(1, 256))
+        for at in rng.integers(700, len(whole), 3): damaged[at] ^= int(rng.integers(1, 256))
         some.append(bytes(damaged))
     def read(data):
         file.write_bytes(data)
         try: return read_square(file, Reading(120, 'crop'), None, Seen(), lambda w, h: (7, 20, w - 3, h - 40)).tolist()
         except UserError as e: return str(e)
     quick = [read(data) for data in some]
+    assert calls[:2] == ([] if alone else [(3, 221, 333)]*2)
     monkeypatch.setattr(pictures, 'torchcodec_jpeg', lambda: None)
     assert quick == [read(data) for data in some] and isinstance(quick[0], list) and 'truncated' in quick[2]

@@ -14,13 +14,13 @@ import numpy as np, torch
 from .loops import take_turns
 from .testing import one_thread
 from .training import NotRun, child, versus
+from ..data.checks import cores
 from ..data.files import FileStore
 from ..data.pictures import Reading, torchcodec_jpeg
 from ..data.resized import draw_numbers, place_crops
 from ..data.stores import ImageSet, read_h5, write_h5
 from ..data.views import Augmentation, TrainView
 from ..train.feed import feed
-from ..train.processes import cores
 
 # %% ../../nbs/bench/698_photographs.ipynb #4167ec3b
 def make_pictures(
@@ -100,10 +100,14 @@ def packed_row(
         view = TrainView(read_h5(packed)[0], Augmentation(flip=True, crop='resized', side=224))
         rng = np.random.default_rng(0)
         loader = torch.utils.data.DataLoader(usual, batch, shuffle=True)
+        top, left, h, w = place_crops(draw_numbers(n, np.random.default_rng(0)), (375, 500))
+        boxes = np.stack([left, top, left + w, top + h], 1).tolist()
         ways = dict(plain=lambda: sum(len(y) for _, y in loader),
-                    ours=lambda: len(view(rng.choice(n, batch, replace=False), rng)['y']))
+                    ours=lambda: len(view(rng.choice(n, batch, replace=False), rng)['y']),
+                    pillow=lambda: len([bare(f, 224, box) for f, box in zip(files, boxes)]))
         with one_thread(): speeds = take_turns(ways, seconds, warm=1)
-    return versus(speeds['plain'], speeds['ours'], baseline_is='ImageFolder and DataLoader, decoding', threads=1)
+    return versus(speeds['plain'], speeds['ours'], baseline_is='ImageFolder and DataLoader, decoding', threads=1,
+                  bare_pillow=median(speeds['pillow']))
 
 # %% ../../nbs/bench/698_photographs.ipynb #f297d3fd
 # a process that trains on a packed set and prints the most memory it had

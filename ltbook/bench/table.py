@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 import numpy as np, torch
 from ..data.views import PlainView
-from ..data.checks import UserError, one_of
+from ..data.checks import UserError, cores, one_of
 from ..losses.cross_entropy import mixed_cross_entropy
 from ..measure.report import measures
 from ..models.expert_resnet import ExpertResNet32
@@ -24,7 +24,6 @@ from . import gpu as bench_gpu, photographs, testing, training
 from .training import NotRun
 from ..runs.folder import find_outputs
 from ..runs.environment import git_state
-from ..train.processes import cores
 from .time_to_accuracy import time_row
 from .loops import noise_images, rate, take_turns
 from ..train.files import write_atomic, write_json
@@ -54,6 +53,7 @@ ROWS: dict[str, tuple[str, Callable[[float], dict]]] = dict(
     time_to_paper_accuracy=('s', time_row),
     gpu_mislas_200_epochs=('s', bench_gpu.one_run_row),
     gpu_mislas_8_seeds=('s', bench_gpu.eight_seeds_row),
+    gpu_photographs=('images/s', bench_gpu.photographs_row),
     gpu_cifar_reproduction=('min', bench_gpu.reproduction_row))
 
 # %% ../../nbs/bench/691_table.ipynb #8600e56d

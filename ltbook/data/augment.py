@@ -165,7 +165,9 @@ def grey(
     x: Tensor,  # float (B, C, H, W), C 1 or 3
 ) -> Tensor:  # (B, 1, H, W)
     "Brightness of every pixel."
-    return x if x.shape[1] == 1 else (x*x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    if x.shape[1] == 1: return x
+    parts = torch.stack([x.new_full((), v) for v in (.2989, .587, .114)])      # made where the images are
+    return (x*parts.view(3, 1, 1)).sum(1, keepdim=True)
 
 def turn_hue(
     x: Tensor,  # float (B, 3, H, W) in [0, 1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import UserError, printable
+from .checks import UserError, cores, printable
 from .lists import ImageList
 from .pictures import Reading, Seen, read_square
 from .resized import place_crop
@@ -33,7 +33,7 @@ class FileStore(Streamed):
         workers: int | None = None,  # threads that decode; None takes one a core
     ):
         self.files, self.reading, self.scale = np.asarray(files, dtype=object), reading, scale
-        self.device, self.workers = torch.device(device), workers or os.cpu_count() or 1
+        self.device, self.wanted, self.processes = torch.device(device), workers, 1
 
     def __len__(self) -> int: return len(self.files)
 
@@ -41,6 +41,11 @@ class FileStore(Streamed):
     def shape(self) -> torch.Size:
         "(n, side, side, 3), as an array of the pictures would have it."
         return torch.Size((len(self), self.reading.side, self.reading.side, 3))
+
+    @property
+    def workers(self) -> int:
+        "Threads that decode."
+        return self.wanted or max(1, cores()//self.processes)
 
     @property
     def cuts(self) -> bool:
@@ -90,7 +95,9 @@ class FileStore(Streamed):
 
     def like(self, files, device=None) -> 'FileStore':
         "Other `files`, read in the same way, with their rows on a `device`."
-        return FileStore(files, self.reading, self.scale, device or self.device, self.workers)
+        other = FileStore(files, self.reading, self.scale, device or self.device, self.wanted)
+        other.share(self.processes)
+        return other
 
     def to(self, device: str | torch.device) -> 'FileStore':
         "The same, with its rows on another `device`."
@@ -100,8 +107,8 @@ class FileStore(Streamed):
         self,
         processes: int,  # one or more
     ) -> None:
-        "Decode in no more threads than there are cores for each of so many processes."
-        if processes > 1: self.workers = min(self.workers, max(1, (os.cpu_count() or 1)//processes))
+        "So many processes decode on this machine: each has its share of the cores, if no number of threads was given."
+        self.processes = processes
 
 # %% ../../nbs/data/022_files.ipynb #41546a3d
 def file_set(

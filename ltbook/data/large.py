@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from .checks import UserError, printable, writing
+from .checks import UserError, cores, printable, writing
 from .files import file_set, missing_files
 from .lists import (
     LARGE, ImageList, by_count, category_names, check_lists, find_lists, read_json_list, read_list)
@@ -127,7 +127,7 @@ def broken_files(
         try: read_square(Path(images)/file, Reading(8, 'crop'), None, Seen())
         except UserError as e: return str(e)
     found = []
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         for i in range(0, len(part), 512):
             found += filter(None, pool.map(fault, part.files[i:i + 512]))
             progress(min(i + 512, len(part)), len(part))

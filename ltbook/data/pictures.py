@@ -8,10 +8,11 @@ __all__ = ['DEEP', 'FULL_SCALES', 'FITS', 'values_of', 'full_scale', 'to_rgb', '
 
 # %% ../../nbs/data/020_pictures.ipynb #0769579c
 import math, os, tempfile, warnings
-from functools import cache
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -204,9 +205,11 @@ def torchcodec_jpeg() -> Callable[[bytes], Tensor] | None:  # a file -> uint8 (3
 
 def _pixels(im, path, whole, reading, scale) -> Tensor:
     "A picture upright, uint8 (H, W, 3), by the quickest decoder there is."
-    if whole and im.format == 'JPEG' and im.mode == 'RGB' and (decode := torchcodec_jpeg()):
-        try: return decode(Path(path).read_bytes()).permute(1, 2, 0)
-        except RuntimeError: pass      # Pillow says what is wrong with it
+    upright = im.getexif().get(0x0112, 1) == 1      # by any of the notes that Pillow follows
+    if whole and upright and im.format == 'JPEG' and im.mode == 'RGB' and (decode := torchcodec_jpeg()):
+        with suppress(RuntimeError):      # Pillow says what is wrong with it
+            pixels = decode(Path(path).read_bytes()).permute(1, 2, 0)
+            if pixels.shape[1::-1] == im.size: return pixels
     return torch.from_numpy(np.array(to_rgb(im, reading.rgb, scale)))
 
 def _resized(pixels, side, box) -> np.ndarray:

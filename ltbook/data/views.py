@@ -276,7 +276,7 @@ class RandomViews(View):
             for k, f in enumerate(JITTERS.values()):
                 i = ((d['order'][:, step] == k) & d['jitter']).nonzero()[:, 0]
                 if len(i): x[i] = f(x[i], d['factors'][i, k].view(-1, 1, 1, 1))
-        x = grey_and_blur(x, d['grey'], d['sigma']*d['blur'])
+        x = grey_and_blur(x, d['grey'], d['sigma']*d['blur'], dense=False)      # few are, and it asks anyway
         return dict(x=normalize((255*x).round().to(torch.uint8), self.mean, self.std), y=d['y'])
 
 # %% ../../nbs/data/09_views.ipynb #0afa8497

@@ -10,10 +10,10 @@ import inspect, queue, sys, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
-from ..data.checks import UserError, one_of
+from ..data.checks import UserError, cores, one_of
 from ..runs.keeping import busy
 from ..train.compute import find_device
-from ..train.processes import cores, end, start
+from ..train.processes import end, start
 
 # %% ../../nbs/studies/682_engines.ipynb #31eb02ab
 class Engine(Protocol):

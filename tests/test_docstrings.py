@@ -16,7 +16,8 @@ FROM_PAPERS = {'losses', 'measure', 'models'}      # rooms where most things wer
 # what is there in addition: everybody's knowledge, or this project's own
 OURS = {
     *('reduced weighted_mean LossOptions named_loss mixed inverse_frequency_weights').split(),
-    *('as_predictions top1 per_class_accuracy Mixture prior_lean weight_lean guarded confidences').split(),
+    *('as_predictions top1 per_class_accuracy Mixture weight_lean guarded').split(),
+    *('power_prior estimate_power confidences').split(),
     *('negative_log_likelihood Scaling balanced_weights calibrated measures protocol').split(),
     *('build_backbone driver_optimum expert_heads ExpertNetwork squared_distances component_densities').split(),
     *('log_likelihood read_rows row_batches latent_plane mean_and_deviation check_members').split(),

@@ -294,8 +294,8 @@ XMP = (b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/">'
 
 @pytest.mark.parametrize(
     'kind', [dict(), dict(progressive=True), dict(subsampling=0), dict(subsampling=1), dict(keep_rgb=True),
-             dict(restart_marker_blocks=4), dict(turned=6), dict(turned=5), dict(turned=3), dict(noted=3), dict(noted=6),
-             dict(mode='L'), dict(mode='CMYK')], ids=str)
+             dict(restart_marker_blocks=4), dict(turned=6), dict(turned=5), dict(turned=3),
+             dict(noted=3), dict(noted=6), dict(mode='L'), dict(mode='CMYK')], ids=str)
 def test_torchcodec_and_pillow_give_the_same_parts(kind, tmp_path, monkeypatch):
     """Whole files and broken ones: the same bytes, or the same sentence. Pillow alone reads what lies on its side, by
     EXIF or by XMP, and what is not in colour."""

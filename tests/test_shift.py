@@ -258,14 +258,14 @@ def test_shift_of_any_run(runs):
             (p['logits'].argmax(1) == p['labels'])[s.indices].mean())
         assert [d['sha256'] for d in json.loads((path/'shift'/'shifts.json').read_text())][0] == s.to_dict()['sha256']
     both = collect_shifts([load_run(p) for p in runs.values()])
-    assert set(both.line) == {'sade', 'mislas'} and len(shift_summary(both[both.line == 'sade'])) == 10
+    assert set(both.line) == {'sade', 'mislas'} and len(shift_summary(both[both.line == 'sade'])) == 12
     w = pd.read_csv(runs['sade']/'shift'/'weights.csv')
     assert np.allclose(w[['w1', 'w2', 'w3']].sum(axis=1), 1) and w['shift'].nunique() == 11
 
 
 def test_published_draws_go_to_their_own_folder(runs):
     t = shift(runs['mislas'], ratios=(10,), reference_rng=True)
-    assert (runs['mislas']/'shift-reference'/'accuracy.csv').exists() and (t.setting == 'B').sum() == 9*5
+    assert (runs['mislas']/'shift-reference'/'accuracy.csv').exists() and (t.setting == 'B').sum() == 9*7
     assert not json.loads((runs['mislas']/'shift-reference'/'settings.json').read_text())['same_subset']
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..data.shift import Shift
 from ..measure.accuracy import per_class_accuracy, shot_accuracy, top1
 from ..measure.aggregation import guarded, mix
-from ..measure.label_shift import estimate_prior, estimate_prior_by_confusion, replace_prior
+from ..measure.label_shift import (
+    estimate_power, estimate_prior, estimate_prior_by_confusion, power_prior, replace_prior)
 from ..measure.post_hoc import Scaling, balanced_weights, fit_scaling
 
 # %% ../../nbs/studies/665_answers.ipynb #14190684
@@ -56,9 +57,11 @@ def answers(
     "Everything a run can answer on a shifted set."
     z, unlabelled = logits[shift.indices], logits[shift.adapt_indices]
     out, priors = {'as is': z}, {'train': train_counts, 'uniform': torch.ones_like(train_counts)}
+    powers = {k: estimate_power(unlabelled, train_counts, g) for k, g in dict(train=1., uniform=0.).items()}
     for name, source in priors.items():
         out[f'true prior ({name})'] = replace_prior(z, source, torch.as_tensor(shift.counts))
         out[f'EM ({name})'] = replace_prior(z, source, estimate_prior(unlabelled, source).clamp_min(1e-12))
+        out[f'power ({name})'] = replace_prior(z, source, power_prior(train_counts, powers[name]))
         if kept is None: continue
         s = kept.scalings[name]
         honest, seen = s(z), s(unlabelled)
@@ -68,7 +71,6 @@ def answers(
     if experts is None: return out
     out |= {f'expert {k + 1}': e for k, e in enumerate(experts[shift.indices].unbind(1))}
     if weights is None: return out
-    witness = kept.scalings['uniform'](unlabelled) if kept else unlabelled
-    learned, q = torch.as_tensor(weights), estimate_prior(witness, priors['uniform'])      # what the mean is for
-    both = dict(adapted=learned, guarded=guarded(learned, q, train_counts))
+    learned = torch.as_tensor(weights)
+    both = dict(adapted=learned, guarded=guarded(learned, powers['uniform']))      # what the mean of experts is for
     return out | {k: mix(experts[shift.indices], w) for k, w in both.items()}

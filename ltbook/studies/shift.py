@@ -18,6 +18,7 @@ from ..data.profile import shot_groups
 from ..data.shift import COMPONENTS, RATIOS, Shift, dirichlet_shift, ratio_shifts, reference_shifts
 from ..data.views import FixedViews, RandomViews
 from ..measure.aggregation import learn_weights
+from ..measure.label_shift import estimate_power
 from ..runs.evaluate import trained_stages
 from ..runs.folder import Run, load_run
 from ..runs.keeping import check_data, data_at_hand, owned
@@ -132,7 +133,8 @@ def shift(
     settings = dict(
         run=run.id, data=run.data, stage=stage, ratios=list(ratios), draws=3 if reference_rng else draws, seed=seed,
         only=None if only is None else list(only), same_subset=not reference_rng, reference_rng=reference_rng,
-        shot_rule=run.recipe.shot_rule, adapted=bool(learned), precision=precision, adapt_seconds=seconds)
+        shot_rule=run.recipe.shot_rule, adapted=bool(learned), precision=precision, adapt_seconds=seconds,
+        powers={s.name: round(estimate_power(logits[s.adapt_indices], counts, slack=0.), 2) for s in shifts})
     with owned(run.path): _write(folder, shifts, rows, learned, settings)
     return pd.DataFrame(rows)
 
@@ -167,7 +169,8 @@ def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, s
 # %% ../../nbs/studies/67_shift.ipynb #42babe22
 # answers that tables show
 MAIN_ANSWERS = (
-    'as is', *(f'{a} ({p})' for p in ('train', 'uniform') for a in ('true prior', 'EM', 'calibrated EM', 'BBSE')),
+    'as is',
+    *(f'{a} ({p})' for p in ('train', 'uniform') for a in ('true prior', 'EM', 'power', 'calibrated EM', 'BBSE')),
     'adapted', 'guarded')
 
 def shift_lines(

@@ -147,7 +147,7 @@ def test_requirements_are_declared():
         'ipython',
         'traitlets',
         'pyzmq',
-        'timm', 'ray', 'submitit', 'onnx', 'onnxscript', 'mlflow', 'wandb'}      # extras
+        'timm', 'ray', 'submitit', 'onnx', 'onnxscript', 'mlflow', 'wandb', 'torchcodec'}      # extras
     used = {name for file in (ROOT/'ltbook').rglob('*.py') for name in imported(file)} - {
         *sys.stdlib_module_names,
         'ltbook'}

@@ -1,5 +1,7 @@
 "Photographs as people have them: imported at any side, trained on with crops of any size, looked at again"
 import json
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -13,11 +15,14 @@ from typer.testing import CliRunner
 
 from ltbook.cli.main import app
 from ltbook.data.checks import UserError
+from ltbook.data.stores import ImageSet, write_h5
 from ltbook.methods.recipe import recipe
 from ltbook.models.backbones import BACKBONES, build_backbone
 from ltbook.models.resnet import FrozenResNet
+from ltbook.runs.export import export, from_export
 from ltbook.runs.folder import load_run
-from ltbook.runs.run import make_context
+from ltbook.runs.run import make_context, run as train_run
+from ltbook.train.processes import child_env
 
 CLASSES = {'Größe 1': 14, '鳥': 9, 'a b': 6, "it's": 5, '-dash': 3}
 SMOKE = ['--profile', 'smoke', '--bare', '--device', 'cpu', '--set', 'batch_size=8']
@@ -183,3 +188,23 @@ def test_one_seed_gives_one_result(place, tmp_path):
 def test_what_cannot_be_is_said_before_training(method, changes, words, place):
     r = recipe(method, 'birds', profile='smoke', **changes)
     with pytest.raises(UserError, match=words): make_context(r, place/'data', 'cpu').view()
+
+
+def test_colour_pictures_are_exported(tmp_path):
+    "Also to ONNX, for any number of images, and where sums in another order differ in the last bit"
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8))
+    data = ImageSet(pixels, torch.arange(40) % 3, tuple('abc'))
+    write_h5(tmp_path/'colours.h5', data, data)
+    r = recipe('cross_entropy', 'colours', imbalance=None, profile='smoke', backbone='resnet10')
+    finished = load_run(train_run(r, tmp_path/'out', tmp_path, device='cpu'))
+    folder = export(finished, tmp_path/'export', root=tmp_path, onnx=True)
+    session, network = onnxruntime.InferenceSession(str(folder/'model.onnx')), from_export(folder)
+    for n in (1, 7, 40):
+        want, got = network(pixels[:n]).detach().numpy(), session.run(None, dict(pixels=pixels[:n].numpy()))[0]
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4*np.abs(want).max())
+    for words, code, said in (([], 1, 'FOLDER'), ([tmp_path/'nowhere'], 2, 'Error: There is no folder')):
+        p = subprocess.run(
+            [sys.executable, folder/'predict.py', *words], capture_output=True, text=True, env=child_env(1))
+        assert p.returncode == code and said in p.stderr and 'Traceback' not in p.stderr

@@ -54,7 +54,7 @@ def compare_(
     if table.empty:
         raise UserError(f'No run in {out} is {"like that" if board else "beside a printed number"}; see what there is: '
                         f'ltbook show{_unread(bad)}')
-    s = short_board(table) if board else short(table)
+    s = (short_board(table) if board else short(table)).drop_duplicates()      # some numbers are in several papers
     if form != 'table': return typer.echo(formatted(table, form, s), nl=False)
     spare = (('parameters', 'epochs', 'nll', 'minutes', 'forward50', 'medium', 'many') if board else
              ('band', 'difference', 'seeds', 'setting', 'recipe'))

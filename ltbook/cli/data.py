@@ -167,7 +167,8 @@ def import_(
     from ltbook.data.images import copies_in, data_root as find_root, load_images
     from ltbook.data.stores import import_folder
 
-    if size is None: _say('Every image is stored with 32 pixels a side; for another number add --size 64, say.')
+    if size is None and folder.exists():
+        _say('Every image is stored with 32 pixels a side; for another number add --size 64, say.')
     file = import_folder(
         folder,
         name,

@@ -196,7 +196,7 @@ def verify_(
         state = 'FAULT' if faults else 'older' if notes.startswith(UNLISTED) else 'ok   '
         console.print(f'{state}  {place}: {"; ".join(faults) or notes}', soft_wrap=True)
     if wrong: raise RuntimeError(f'{wrong} of {len(places)} runs are not what was written.')
-    console.print(f'{len(places) - older} runs are what was written.')
+    console.print(f'{len(places) - older} of {len(places)} runs: what was written.')
     if older: console.print(f'{older} are older than hashes: nothing says what was written.')
 
 # %% ../../nbs/cli/791_runs.ipynb #5f50bf75

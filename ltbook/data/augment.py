@@ -113,7 +113,7 @@ def normalize(
     "Bytes to normalised floats."
     b, c, h, w = x.shape
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=x.device) for v in (mean, std))
-    if x.device.type == 'cpu' and x.numel() > 8*PIECE:
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling() and x.numel() > 8*PIECE:
         scale, shift = (1 / (255 * std)).repeat(w), (-mean / std).repeat(w)
         flat, rows = roomy((b * h, w * c), np.float32), max(1, PIECE // (w * c))
         for out, given in zip(flat.split(rows), x.permute(0, 2, 3, 1).reshape(b * h, w * c).split(rows)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'FULL_SCALES', 'FITS', 'values_of', 'full_scale', 'to_rgb', 'fit_square', 'cut_off', 'Reading', 'Seen',
-           'scale_of', 'read_square', 'torchcodec_jpeg', 'read_part', 'class_table']
+           'scale_of', 'BrokenPicture', 'read_square', 'torchcodec_jpeg', 'read_part', 'class_table']
 
 # %% ../../nbs/data/020_pictures.ipynb #0769579c
 import math, os, tempfile, warnings
@@ -148,6 +148,8 @@ def scale_of(
         except Exception: continue
     return full_scale(float(min(lows)), float(max(highs)), floats) if lows else None
 
+class BrokenPicture(UserError): "One that no decoder can make a picture of."
+
 def read_square(
     path: Path,  # a picture
     reading: Reading,  # side, fit and what is forgiven
@@ -155,7 +157,7 @@ def read_square(
     seen: Seen,  # gets what happened; of a part whether it was broken
     part: Callable[[int, int], tuple] | None = None,  # (width, height) -> left, top, right, bottom; None fits all of it
 ) -> np.ndarray | None:  # uint8 (side, side, 3); None for a broken picture that is left out
-    "One file, or a part of it, as a square. Raises `UserError` for a broken one."
+    "One file, or a part of it, as a square. Raises `BrokenPicture`, and `UserError` where cropping would cut half off."
     try:
         with warnings.catch_warnings(), Image.open(path) as im:
             warnings.simplefilter('ignore')      # of Pillow, about what it forgives
@@ -172,7 +174,7 @@ def read_square(
     except Exception as e:
         text = f'{printable(str(path))} cannot be read as a picture ({printable(str(e) or type(e).__name__)})'
         if not reading.skip_broken:
-            raise UserError(f'{text}; repair or remove it, or leave such pictures out with --skip-broken.') from e
+            raise BrokenPicture(f'{text}; repair or remove it.') from e
         seen.broken.append(text + '.')
         return None
     cut = cut_off(rgb)
@@ -237,7 +239,9 @@ def read_part(
     images, labels = _room(sum(map(len, files.values())), reading.side), []
     for k, paths in enumerate(files.values()):
         for p in paths:
-            if (x := read_square(p, reading, scale, seen)) is None: continue
+            try: x = read_square(p, reading, scale, seen)
+            except BrokenPicture as e: raise UserError(f'{str(e)[:-1]}, or leave such pictures out with --skip-broken.')
+            if x is None: continue
             images[len(labels)] = x
             labels.append(k)
     return images[:len(labels)], np.array(labels, np.int64)

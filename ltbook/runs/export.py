@@ -102,16 +102,20 @@ import csv
 import sys
 from pathlib import Path
 
+from ltbook.data.checks import UserError
 from ltbook.runs.classifier import find_pictures, predict_pictures
 from ltbook.runs.export import from_export
 
-network = from_export(Path(__file__).parent)
-rows = predict_pictures(network, find_pictures(sys.argv[1]))
-first = next(rows)
-out = csv.DictWriter(sys.stdout, list(first))
-out.writeheader()
-out.writerow(first)
-out.writerows(rows)
+if len(sys.argv) != 2 or sys.argv[1].startswith('-'): sys.exit(__doc__)
+try:
+    network = from_export(Path(__file__).parent)
+    rows = predict_pictures(network, find_pictures(sys.argv[1]))
+    first = next(rows)
+    out = csv.DictWriter(sys.stdout, list(first))
+    out.writeheader()
+    out.writerow(first)
+    out.writerows(rows)
+except UserError as e: print(f'Error: {e}', file=sys.stderr); sys.exit(2)
 '''
 
 # measure -> what it is called in a model card
@@ -191,7 +195,8 @@ def export(
 def _same(network: Classifier, folder: Path, pixels: torch.Tensor, run: Run) -> None:
     "Raise `UserError` if what was written gives other logits."
     try:
-        with torch.inference_mode(): same = torch.equal(from_export(folder)(pixels), network(pixels))
+        with torch.inference_mode(): again, z = from_export(folder)(pixels), network(pixels)
+        same = again.shape == z.shape and torch.allclose(again, z, rtol=0, atol=1e-5*z.abs().max().item())
     except (AttributeError, Damaged, KeyError, RuntimeError, StopIteration, ValueError): same = False
     if not same:
         raise UserError(f'The network of {run.id} cannot be built without its data, so it cannot be exported: '

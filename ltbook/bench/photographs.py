@@ -104,10 +104,11 @@ def packed_row(
         boxes = np.stack([left, top, left + w, top + h], 1).tolist()
         ways = dict(plain=lambda: sum(len(y) for _, y in loader),
                     ours=lambda: len(view(rng.choice(n, batch, replace=False), rng)['y']),
-                    pillow=lambda: len([bare(f, 224, box) for f, box in zip(files, boxes)]))
+                    pillow=lambda: len([bare(f, 224, box) for f, box in zip(files, boxes)]),
+                    crops=lambda: len(view.load(view.plan(rng.choice(n, batch, replace=False), rng))['pixels']))
         with one_thread(): speeds = take_turns(ways, seconds, warm=1)
     return versus(speeds['plain'], speeds['ours'], baseline_is='ImageFolder and DataLoader, decoding', threads=1,
-                  bare_pillow=median(speeds['pillow']))
+                  bare_pillow=median(speeds['pillow']), crops=median(speeds['crops']))
 
 # %% ../../nbs/bench/698_photographs.ipynb #f297d3fd
 # a process that trains on a packed set and prints the most memory it had

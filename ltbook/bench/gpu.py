@@ -13,7 +13,6 @@ from statistics import median
 import numpy as np, torch
 from ..data.images import ImageData
 from ..data.profile import long_tail_counts
-from ..data.stores import ImageSet
 from ..data.streamed import placed
 from ..methods.method import Context, get_method, standard_network
 from .training import NotRun, versus
@@ -98,9 +97,7 @@ def photographs_per_second(
     backbone: str = 'resnet50',  # of 100 classes
 ) -> float:  # images/s
     "Training with cross-entropy on noise, bf16; recorded where the images lie on the device."
-    n = steps*batch_size
-    noise = torch.randint(256, (n, side, side, 3), dtype=torch.uint8)
-    data = ImageSet(noise, torch.arange(n) % 100, tuple(map(str, range(100))))
+    data = noise_images(steps*batch_size, side=side)
     r = recipe('cross_entropy', 'cifar100', 100, 'paper', precision='bf16', batch_size=batch_size, backbone=backbone,
                crop='resized', side=crop, pad=0, jitter=.4)
     compute = Compute(device, 'bf16', capture=not streamed)

@@ -29,10 +29,11 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 def noise_images(
     n: int = 10_847,  # as many as CIFAR-100-LT with imbalance 100
     n_classes: int = 100,  # in equal parts
-) -> ImageSet:  # random 32 x 32 colour images
+    side: int = 32,  # pixels
+) -> ImageSet:  # random square colour images
     "Images for timing only."
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8))
     return ImageSet(images, torch.arange(n) % n_classes, tuple(map(str, range(n_classes))), mean=MEAN, std=STD)
 
 # %% ../../nbs/bench/46_loops.ipynb #05edc14f

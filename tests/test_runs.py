@@ -28,8 +28,8 @@ ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', COLUMNS='160'
 CLI = [sys.executable, '-c', 'from ltbook.cli.main import main; main()']
 
 
-def ltbook(*words, cwd=None):
-    return subprocess.run([*CLI, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True)
+def ltbook(*words, cwd=None, **env):
+    return subprocess.run([*CLI, *map(str, words)], cwd=cwd, env=ENV | env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope='module')
@@ -239,8 +239,13 @@ def test_through_the_notebook(tmp_path):
 def test_words_left_out_mean_the_same_in_the_notebook(tmp_path):
     "No profile, no seed: `short` and 0, with the notebook as without"
     pytest.importorskip('papermill')
-    p = ltbook('run', 'cross_entropy', '--set', 'max_steps=1', '--set', 'epochs=2', '--out', 'out', cwd=tmp_path)
+    p = ltbook('run', 'cross_entropy', '--set', 'max_steps=1', '--set', 'epochs=2', '--out', 'out', cwd=tmp_path,
+               PYTHONPROFILEIMPORTTIME='1')
     assert p.returncode == 0, p.stderr
+    # what takes seconds to import and is of no use to a run stays out of both processes
+    imported = {line.rsplit('|', 1)[1].strip() for line in p.stderr.splitlines() if line.startswith('import time:')}
+    assert {'papermill', 'torch', 'matplotlib.pyplot', 'ipykernel.kernelapp'} <= imported
+    assert not imported & {'rfc3987_syntax.syntax_helpers', 'scipy.stats', 'sklearn', 'torchvision', 'torch._dynamo'}
     r = find_runs(tmp_path/'out')[0]
     assert (r.recipe.profile, r.recipe.seed, r.recipe.epochs) == ('short', 0, 2) and (r.path/'run.ipynb').exists()
 

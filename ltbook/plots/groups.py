@@ -6,8 +6,7 @@
 __all__ = ['plot_groups']
 
 # %% ../../nbs/plots/72_groups.ipynb #52229f8b
-import pandas as pd
-import seaborn as sns
+import numpy as np, pandas as pd
 from matplotlib.axes import Axes
 from .style import COLORS, house_axes
 
@@ -18,21 +17,19 @@ def plot_groups(
 ) -> Axes:  # the axes
     "Grouped bars, one colour a run: the mean of its rows and, where it has several, their standard deviation."
     ax, table = house_axes(ax, (5.0, 3.2)), table.astype(float).rename(index=str)
-    runs, width = list(dict.fromkeys(table.index)), 0.8
-    long = table.rename_axis('run').reset_index().melt('run', var_name='group', value_name='accuracy')
-    palette = [COLORS[i % len(COLORS)] for i in range(len(runs))]
-    sns.barplot(long, x='group', y='accuracy', hue='run', hue_order=runs, palette=palette, saturation=1, width=width,
-                gap=0.08, errorbar='sd', err_kws=dict(color='0.25', linewidth=1), capsize=0.2, ax=ax)
-    for i, bars in enumerate(ax.containers[:len(runs)]):
-        # hatched from the 11th run on
-        for bar in bars: bar.set(hatch='///'*(i // len(COLORS)), edgecolor='white', linewidth=0)
-    for i, (run, values) in enumerate(table.groupby(level=0, sort=False)):
-        for j, missing in enumerate(values.isna().all()):
-            x = j + width*((i + 0.5)/len(runs) - 0.5)
-            if missing: ax.text(x, 0.01, 'n/a', rotation=90, ha='center', va='bottom', fontsize='small', color='0.4',
-                                transform=ax.get_xaxis_transform())
+    means, deviations = (table.groupby(level=0, sort=False).agg(f) for f in ('mean', 'std'))
+    groups, width = np.arange(table.shape[1]), 0.8/len(means)
+    for i, (run, row) in enumerate(means.iterrows()):
+        x, sd = groups + width*(i + 0.5) - 0.4, deviations.loc[run]
+        ax.bar(x, row, 0.92*width, label=run, color=COLORS[i % len(COLORS)], edgecolor='white', linewidth=0,
+               hatch='///'*(i // len(COLORS)),      # from the 11th run on
+               yerr=None if sd.isna().all() else sd, capsize=2, error_kw=dict(ecolor='0.25', linewidth=1))
+        for j in np.flatnonzero(row.isna()):
+            ax.text(x[j], 0.01, 'n/a', rotation=90, ha='center', va='bottom', fontsize='small', color='0.4',
+                    transform=ax.get_xaxis_transform())
+    ax.set_xticks(groups, table.columns)
     ax.tick_params(axis='x', length=0)
     ax.set(xlabel='', ylabel='accuracy', ylim=(0, None))
-    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=min(3, len(table)), fontsize='small', frameon=False,
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=min(3, len(means)), fontsize='small', frameon=False,
               handlelength=1, borderaxespad=0.2)
     return ax

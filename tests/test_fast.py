@@ -80,8 +80,8 @@ def test_who_cannot_grow_says_so(monkeypatch):
 def test_the_profile_is_there_where_stages_follow_it():
     have = [k for k, m in methods().items() if m.fast is not None]
     assert have == [
-        'balanced_softmax', 'balpoe', 'class_balanced_experts', 'cross_entropy', 'crt', 'dirmixe', 'lws', 'mislas',
-        'mixup', 'reweighting', 'sade', 'shike', 'tau_norm']
+        'balanced_softmax', 'balpoe', 'class_balanced_experts', 'cross_entropy', 'crt', 'depth_balpoe', 'dirmixe',
+        'lws', 'mislas', 'mixup', 'reweighting', 'sade', 'shike', 'tau_norm']
     for name in have:
         r = recipe(name, 'cifar100', 100, 'fast')
         assert (r.profile, r.schedule, r.nesterov, r.first_side) == ('fast', 'one_cycle', True, 16)

@@ -77,7 +77,7 @@ def counts_on_the_device(stage, monkeypatch, foreach=True):
 def trained(method, name, capture, epochs=3, precision='fp32', cuda=None, monkeypatch=None, **changes):
     stage, compute = stage_of(method, name, **changes), Compute(precision=precision, capture=capture)
     if monkeypatch: counts_on_the_device(stage, monkeypatch)
-    compute.prepare(stage.network)
+    stage.prepare(compute)
     optimizer, rng = stage.optimizer(), np.random.default_rng(1)
     step = CapturedStep(stage, optimizer, compute, cuda) if cuda else captured_step(stage, optimizer, compute)
     assert (step is not None) == capture
@@ -197,7 +197,7 @@ def test_views_of_photographs_replayed(changes, monkeypatch, tmp_path):
         return get_method('mislas').stages['stage1'](make_context(r, root=tmp_path, device='cpu'))
     def weights(cuda):
         one, compute = stage(), Compute(capture=cuda is not None)
-        compute.prepare(one.network)
+        one.prepare(compute)
         optimizer, rng = one.optimizer(), np.random.default_rng(1)
         step = CapturedStep(one, optimizer, compute, cuda) if cuda else None
         for epoch in range(3): train_epoch(one, epoch, optimizer, rng, compute, step=step)
@@ -315,7 +315,7 @@ def test_losses_of_samples_ask_nothing(loss, monkeypatch):
 
 def nothing_asked(stage, monkeypatch):
     counts_on_the_device(stage, monkeypatch, foreach=False)
-    Compute().prepare(stage.network)
+    stage.prepare(Compute())
     step = CapturedStep(stage, stage.optimizer(), Compute(capture=True))
     stage.set_mode(stage.network)
     step(load(stage, stage.sampler.epoch()[:16], np.random.default_rng(0)), .1)

@@ -14,6 +14,7 @@ SECOND = [m for m in methods() if [*get_method(m).stages_of(recipe(m, 'digits'))
           and len(get_method(m).stages_of(recipe(m, 'digits'))) > 1]
 # their stage 1 is one family, with one loss
 PLAIN = ('cross_entropy', 'mixup', 'mislas', 'crt', 'lws', 'tau_norm', 'dlsa')
+DEPTHS = ('shike', 'depth_balpoe')     # experts of different depth, whose strengths are settings that go with stage 1
 
 
 def made(method, dataset='digits', **changes):
@@ -25,7 +26,7 @@ def made(method, dataset='digits', **changes):
 @pytest.mark.parametrize('first', methods())
 def test_every_pair(first, second):
     "Taken over where `second` would have trained the first stage alike; else one sentence that says why not"
-    allowed = first == second or (first in PLAIN and second in PLAIN)
+    allowed = first == second or any(first in family and second in family for family in (PLAIN, DEPTHS))
     if allowed:
         r = recipe_from(made(first), second)
         own = recipe(second, 'digits')
@@ -33,6 +34,7 @@ def test_every_pair(first, second):
             r.loss == own.loss
             and r.mixup_alpha == made(first).recipe.mixup_alpha
             and r.epochs == made(first).recipe.epochs)
+        for k in get_method(second).stage1_settings: assert getattr(r.settings, k) == getattr(made(first).recipe.settings, k)
     else:
         with pytest.raises(UserError) as e: recipe_from(made(first), second)
         assert str(e.value).count('. ') == 0 and first in str(e.value)

@@ -56,7 +56,7 @@ def stage_of(method, name, device, **changes):
     stages = get_method(method).stages
     if name != 'stage1': stages['stage1'](context)
     stage = stages[name](context)
-    context.compute.prepare(stage.network)
+    stage.prepare(context.compute)
     weigher = stage.state.get('weigher')
     if isinstance(weigher, DifficultyWeigher):
         weigher.optimizer.param_groups[0]['capturable'] = True

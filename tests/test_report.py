@@ -1,5 +1,5 @@
 "A thousand finished runs, and the report in a browser"
-import json, os, resource, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ from ltbook.methods.recipe import recipe
 from ltbook.runs.folder import find_runs, run_id
 from ltbook.studies.report import report
 from ltbook.train.processes import child_env
-from watching import BROWSER, browser
+from watching import BROWSER, browser, pace, spent
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,14 +42,8 @@ def thousand(tmp_path_factory):
 def same(file, folder): return file.stat().st_dev == folder.stat().st_dev
 
 
-def spent():
-    "Seconds of a core that processes started here have taken: what a clock would say if nothing else ran"
-    t = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return t.ru_utime + t.ru_stime
-
-
 def test_a_thousand_runs_are_answered_in_seconds(thousand):
-    "compare, show and report each under 10 seconds, and under 8 MB"
+    "compare, show and report each under 10 seconds at the usual pace, and under 8 MB"
     took = {}
     for words in (('compare', '--measures', 'all'), ('compare', '--leaderboard'), ('show', ), ('report', )):
         began = spent()
@@ -57,7 +51,7 @@ def test_a_thousand_runs_are_answered_in_seconds(thousand):
         took[' '.join(words)] = spent() - began
         assert len(said) > 50
     print(took)
-    assert max(took.values()) < 10, took
+    assert max(took.values()) < 10*pace(), (took, pace())
     assert (thousand/'report.html').stat().st_size < 8e6
     text = (thousand/'report.html').read_text()
     assert text.count('<details id=') == 1000 and 'the 75 recipes of lower accuracy' in text
@@ -67,7 +61,8 @@ def test_a_dry_run_of_ten_thousand_cells(tmp_path):
     began = spent()
     said = ltbook('sweep', '--method', 'mislas,sade', '--dataset', 'cifar100', '--imbalance', '100,50,10,20,5',
                   '--seeds', '0..999', '--dry-run', '--out', tmp_path)
-    assert '10000 cells' in said and spent() - began < 5
+    took = spent() - began
+    assert '10000 cells' in said and took < 5*pace(), (took, pace())
 
 
 @pytest.mark.skipif(not BROWSER, reason='needs playwright and a chromium')

@@ -51,7 +51,7 @@ def test_captured_is_plain(changes):
     found = []
     for capture in (False, True):
         stage, compute, rng = stage_of(**changes), Compute(capture=capture), np.random.default_rng(1)
-        compute.prepare(stage.network)
+        stage.prepare(compute)
         optimizer = stage.optimizer()
         step = captured_step(stage, optimizer, compute)
         assert (step is not None) == capture

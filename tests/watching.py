@@ -1,7 +1,11 @@
 "What tests watch: processes of this machine, numbers of finished runs, a browser"
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,3 +40,19 @@ def processes(*words):
 def numbers(out):
     "Metrics of all finished runs by name"
     return {r.id: r.metrics for r in find_runs(out)}
+
+
+def spent():
+    "Seconds of a core that processes started here have taken: what a clock would say if nothing else ran"
+    t = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return t.ru_utime + t.ru_stime
+
+
+@cache
+def pace():
+    """How much slower than a machine on which importing torch takes 1.2 seconds of a core, and at least 1.
+
+    Limits in seconds were set on such a machine; an older processor, for which this is 2.5, is given its time."""
+    began = spent()
+    subprocess.run([sys.executable, '-c', 'import torch'], check=True)
+    return max(1., (spent() - began)/1.2)

@@ -77,7 +77,7 @@ def mislas_seconds(
         context.network, total = standard_network(context), 0.
         for build in get_method('mislas').stages.values():
             stage = build(context)
-            compute.prepare(stage.network)
+            stage.prepare(compute)
             total += stage_seconds(stage, compute, steps, r.batch_size)
         return total
     if not pack: return one(0)
@@ -105,7 +105,7 @@ def photographs_per_second(
     context = Context(r, ImageData('noise', data, data, 0, True, 100., 'noise'), parts, None, compute)
     context.network = standard_network(context)
     stage = get_method('cross_entropy').stages['stage1'](context)
-    compute.prepare(stage.network)
+    stage.prepare(compute)
     optimizer, rng = stage.optimizer(), np.random.default_rng(0)
     step = captured_step(stage, optimizer, compute)
     def epoch() -> float:

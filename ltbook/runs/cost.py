@@ -63,7 +63,7 @@ def cost(
     stage = next(iter(builders.values()))(trial)
     if stage is None or not stage.epochs: return None
     compute, device = context.compute, context.compute.device
-    compute.prepare(stage.network)
+    stage.prepare(compute)
     optimizer, rng, view = stage.optimizer(), np.random.default_rng(0), as_view(stage.view)
     for g in optimizer.param_groups: g['lr'] = 0.0
     order, done = stage.sampler.epoch(), []

@@ -226,7 +226,7 @@ def fit(
 ) -> tuple[list[dict], dict]:  # rows of this stage, curves (epochs, ...) by name
     "Train a stage from where it was left; write a row an epoch and, at the end, the weights. Raises `NonFiniteLoss`."
     compute.use()
-    compute.prepare(stage.network)
+    stage.prepare(compute)
     optimizer, rng = stage.optimizer(), np.random.default_rng([stage.seed, zlib.crc32(stage.name.encode())])
     done, curves, rows = go_on(folder, stage, optimizer, rng, say) if folder else (0, {}, [])
     step = captured_step(stage, optimizer, compute)

@@ -97,6 +97,11 @@ class Stage:
         n = whole + (rest > min(whole, 1))
         return n if self.steps is None else min(n, self.steps)
 
+    def prepare(self, compute: Compute) -> None:
+        "Move the network, and the average that begins from it, to where and how `compute` has it; before `optimizer`."
+        compute.prepare(self.network)
+        if self.average: self.average.start()
+
     def optimizer(self) -> torch.optim.Optimizer:
         "The optimizer over the groups; every group remembers its `lr_factor`. Raises `UserError` for an unknown rule."
         one_of(self.rule, ('sgd', 'adamw'), 'optimizer')
@@ -165,8 +170,12 @@ class Average:
         first: int = 0,  # epoch, from 0, after which swa begins to collect
     ):
         self.network, self.kind, self.decay, self.first = network, one_of(kind, ('ema', 'swa'), 'average'), decay, first
-        self.count = torch.zeros((), device=next(network.parameters()).device)  # of what was averaged
-        self.values = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        self.start()
+
+    def start(self) -> None:
+        "Begin from the network as it is and where it is: again, once it has been moved."
+        self.count = torch.zeros((), device=next(self.network.parameters()).device)  # of what was averaged
+        self.values = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
 
     @torch.no_grad()
     def _take(self, weight: Tensor) -> None:

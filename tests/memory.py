@@ -7,6 +7,7 @@ from ltbook.methods.difficulty_net import DifficultyWeigher
 def memory(stage, optimizer):
     "All tensors a step may change"
     found = [*stage.network.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values())]
+    if stage.average: found += [stage.average.count, *stage.average.values.values()]
     weigher = stage.state.get('weigher')
     if isinstance(weigher, DifficultyWeigher):
         found += [

@@ -34,7 +34,8 @@ def test_every_pair(first, second):
             r.loss == own.loss
             and r.mixup_alpha == made(first).recipe.mixup_alpha
             and r.epochs == made(first).recipe.epochs)
-        for k in get_method(second).stage1_settings: assert getattr(r.settings, k) == getattr(made(first).recipe.settings, k)
+        for k in get_method(second).stage1_settings:
+            assert getattr(r.settings, k) == getattr(made(first).recipe.settings, k)
     else:
         with pytest.raises(UserError) as e: recipe_from(made(first), second)
         assert str(e.value).count('. ') == 0 and first in str(e.value)

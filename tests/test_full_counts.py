@@ -106,9 +106,9 @@ def test_everything_but_the_images_at_full_size(name, tmp_path):
     assert found['total'] == total and found['groups'] == list(groups) and found['known']
     assert found['stable'] and found['same']
     assert found['drawn'] == [total, total] and len(found['sha256']) == 64
-    assert max(found['epoch_seconds']) < 1, 'overhead of an epoch'
+    assert max(found['epoch_seconds']) < pace(), 'overhead of an epoch'
     assert found['copied'] < 10, 'MiB: logits of 795 MB are written and read where they lie'
-    assert found['seconds'] < 60 and found['memory'] < 3000, found
+    assert found['seconds'] < 60*pace() and found['memory'] < 3000, found
     assert .5 < found['top1'] <= 1 and abs(found['few'] - found['top1']) < .1
 
 

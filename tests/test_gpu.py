@@ -25,6 +25,7 @@ MACHINES = ['tape', pytest.param('cuda', marks=pytest.mark.skipif(NO_GPU, reason
 STAGES = [
     ('mislas', 'stage1', {}),
     ('mislas', 'stage1', dict(precision='bf16', nesterov=True)),
+    ('mislas', 'stage1', dict(average='ema')),
     ('mislas', 'stage2', {}),
     ('balanced_softmax', 'stage1', dict(first_side=4)),
     ('sade', 'stage1', {}),

@@ -13,10 +13,11 @@ from ltbook.methods.registry import get_method, methods
 from ltbook.runs.evaluate import evaluate
 from ltbook.runs.folder import load_run
 from ltbook.runs.run import run
-from ltbook.train.captured import captured_step
+from ltbook.train.captured import CapturedStep, captured_step
 from ltbook.train.compute import Compute
 from ltbook.train.loop import fit, train_epoch
 from ltbook.train.stage import Average
+from ltbook.train.tape import TapeCuda
 
 TRICKS = [
     dict(optimizer='adamw', lr=1e-4),
@@ -62,6 +63,30 @@ def test_captured_is_plain(changes):
     near = 5e-4 if changes.get('optimizer') == 'adamw' else 1e-5
     np.testing.assert_allclose(found[0][0], found[1][0], atol=near)
     torch.testing.assert_close(found[0][1], found[1][1], atol=near, rtol=0)
+
+
+@pytest.mark.parametrize('changes', [t for t in TRICKS if 'average' in t and 'optimizer' not in t], ids=str)
+def test_looks_between_epochs_do_not_part_recorded_steps_from_their_average(changes):
+    found = []
+    for cuda in (None, TapeCuda()):
+        stage, compute, rng = stage_of(**changes), Compute(), np.random.default_rng(1)
+        stage.prepare(compute)
+        optimizer = stage.optimizer()
+        step = CapturedStep(stage, optimizer, compute, cuda=cuda) if cuda else None
+        for e in range(4):
+            train_epoch(stage, e, optimizer, rng, compute, step=step)
+            stage.average.after_epoch(e)
+            with stage.evaluated(): pass
+        found.append(torch.cat([v.double().flatten() for v in stage.average.values.values()]))
+    assert sum(g.replays for g in cuda.graphs) > 6
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def test_the_average_goes_where_the_network_goes():
+    "As to a GPU, after it was made"
+    stage = stage_of(average='ema')
+    stage.prepare(Compute(device=torch.device('meta')))
+    assert {t.device.type for t in (stage.average.count, *stage.average.values.values())} == {'meta'}
 
 
 def test_sharpness_by_hand():

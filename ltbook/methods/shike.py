@@ -104,6 +104,7 @@ def depth_stage1(
 ) -> Stage:  # over the whole network
     "All experts on the long tail as it is."
     s, counts = context.settings, _counts(context)
+    context.notes['mean_tau'] = sum(s.taus)/len(s.taus)      # 1: the mean of the experts is balanced
     return expert_stage(context, lambda out, batch: mutual_loss(out['experts'], batch, counts, s.taus, s.mutual))
 
 def depth_stage2(

@@ -28,6 +28,7 @@ def plot_groups(
             ax.text(x[j], 0.01, 'n/a', rotation=90, ha='center', va='bottom', fontsize='small', color='0.4',
                     transform=ax.get_xaxis_transform())
     ax.set_xticks(groups, table.columns)
+    ax.set_xlim(-0.5, len(groups) - 0.5)      # also where the first or last group is empty
     ax.tick_params(axis='x', length=0)
     ax.set(xlabel='', ylabel='accuracy', ylim=(0, None))
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=min(3, len(means)), fontsize='small', frameon=False,

@@ -198,10 +198,13 @@ class Average:
         self.count += 1
         self._take(1/self.count)
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        mine = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        self.network.load_state_dict(self.values)
-        self.values = mine
+        "Network and average change places; tensors stay, as recorded steps go on writing where they were."
+        for k, v in self.network.state_dict().items():
+            mine = v.clone()
+            v.copy_(self.values[k])
+            self.values[k].copy_(mine)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

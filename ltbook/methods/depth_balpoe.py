@@ -6,6 +6,7 @@
 __all__ = ['depth_balpoe', 'DepthProductSettings']
 
 # %% ../../nbs/methods/597_depth_balpoe.ipynb #79a4a6aa
+from .balpoe import balpoe
 from .fast import fast_rows
 from .method import Method, NonNegative, Published, register
 from .recipe import LOSS_FIELDS
@@ -16,7 +17,7 @@ class DepthProductSettings(DepthSettings):
     "Experts of different depth and different adjustment."
     taus: tuple[NonNegative, ...] = (0.0, 1.0, 2.0)  # strength of every expert; balanced where their mean is 1
 
-_cifar = dict(head='cosine', nesterov=True, weight_decay=5e-4, mixup_alpha=0.4, average='ema')
+_cifar = balpoe.recipes[0].changes | dict(average='ema')
 
 depth_balpoe = register(Method(
     'depth_balpoe',
@@ -33,4 +34,4 @@ depth_balpoe = register(Method(
     fast={},
     sweeps=dict(fast=lambda: fast_rows('depth_balpoe')),
     stage1='shike',
-    stage1_settings=('n_experts', 'taus', 'mutual')))
+    stage1_settings=tuple(DepthSettings.model_fields)))

@@ -91,7 +91,7 @@ def depth_network(
     "Experts of different depth. Raises `UserError` for a backbone or strengths that don't fit."
     r, s = context.recipe, context.settings
     one_of(r.backbone, ('resnet32',), 'backbone with experts of different depth')
-    check_strengths(s.n_experts, **{k: v for k, v in s if k.endswith('taus')})
+    check_strengths(s.n_experts, taus=s.taus)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
         return DepthResNet32(context.n_classes, context.train.shape[2], r.head, s.n_experts)
@@ -154,5 +154,6 @@ shike = register(Method(
     fast=dict(lr=0.1, stage2_epochs=8, auto_augment=False, cutout_side=0),
     sweeps=dict(fast=lambda: fast_rows('shike')),
     network=depth_network,
+    check=lambda c: check_strengths(c.settings.n_experts, stage2_taus=c.settings.stage2_taus),
     stage1='shike',
-    stage1_settings=('n_experts', 'taus', 'mutual')))
+    stage1_settings=tuple(DepthSettings.model_fields)))

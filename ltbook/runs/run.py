@@ -87,7 +87,8 @@ def read_stage(
     compute: Compute,  # device and layout
 ) -> None:
     "Weights and further state of a finished stage. Raises `UserError` if the weights don't fit or aren't there."
-    load_weights(folder/f'{stage.name}.safetensors', compute.prepare(stage.network))
+    stage.prepare(compute)
+    load_weights(folder/f'{stage.name}.safetensors', stage.network)
     for k, v in (load_state(folder/f'{stage.name}.state.pt') or {}).items(): stage.state[k].load_state_dict(v)
 
 def run_stage(

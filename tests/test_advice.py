@@ -53,7 +53,7 @@ CASES = {
     'method': (run('mislass', 'digits'), r'Did you mean (\w+)', put('mislass')),
     'data set': (run('mislas', 'Digit'), r'Did you mean (\w+)', put('Digit')),
     'profile': (['run', 'mislas', 'digits', '--profile', 'smok', '--bare'], r'Did you mean (\w+)', put('smok')),
-    'no fast': (['run', 'ride', 'digits', '--profile', 'fast', '--bare', '--set', 'max_steps=1',
+    'no fast': (['run', 'supcon', 'digits', '--profile', 'fast', '--bare', '--set', 'max_steps=1',
                  '--set', 'epochs=1'], r'Use (short)', put('fast')),
     'data seed': (run('reweighting', 'digits', '--set', 'data_seed=1'), r'Leave data_seed out', without('data_seed')),
     'average': (run('difficulty_net', 'digits', '--set', 'average=ema', '--set', 'select=val'),

@@ -44,12 +44,24 @@ def sides_seen(stage, epochs=5, step=None):
     return seen, losses, torch.cat([v.double().flatten() for v in stage.network.state_dict().values()])
 
 
-@pytest.mark.parametrize('method', ['mislas', 'balanced_softmax', 'cross_entropy', 'sade'])
+@pytest.mark.parametrize('method', ['mislas', 'balanced_softmax', 'cross_entropy', 'sade', 'ride', 'difficulty_net'])
 def test_images_grow_in_the_loop_and_in_the_captured_step(method):
     plain, captured = (sides_seen(stage_of(method), step=capture) for capture in (False, True))
     assert plain[0] == captured[0] == [4]*8 + [8]*2
     np.testing.assert_allclose(plain[1], captured[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(plain[2], captured[2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('method', ['difficulty_net', 'reweighting'])
+def test_balanced_images_have_the_size_of_those_that_are_trained_on(method):
+    "In the look ahead and where the accuracies of the classes are measured"
+    stage, seen, epochs = stage_of(method), set(), []
+    stage.network.register_forward_pre_hook(lambda network, x: seen.add(x[0].shape[-1]))
+    def note(row):
+        epochs.append(sorted(seen))
+        seen.clear()
+    fit(stage, Compute(), report=note)
+    assert epochs == [[4]]*4 + [[8]]
 
 
 @pytest.mark.parametrize('at', [2, 4])
@@ -80,16 +92,16 @@ def test_who_cannot_grow_says_so(monkeypatch):
 def test_the_profile_is_there_where_stages_follow_it():
     have = [k for k, m in methods().items() if m.fast is not None]
     assert have == [
-        'balanced_softmax', 'balpoe', 'class_balanced_experts', 'cross_entropy', 'crt', 'depth_balpoe', 'dirmixe',
-        'lws', 'mislas', 'mixup', 'reweighting', 'sade', 'shike', 'tau_norm']
+        'balanced_softmax', 'balpoe', 'class_balanced_experts', 'cross_entropy', 'crt', 'depth_balpoe',
+        'difficulty_net', 'dirmixe', 'lws', 'mislas', 'mixup', 'reweighting', 'ride', 'sade', 'shike', 'tau_norm']
     for name in have:
         r = recipe(name, 'cifar100', 100, 'fast')
         assert (r.profile, r.schedule, r.nesterov, r.first_side) == ('fast', 'one_cycle', True, 16)
         assert recipe(name, 'cifar100', 100, 'fast', epochs=7, nesterov=False).epochs == 7
         rows = method_grid(name, 'fast', 'cifar100', 100, 'fast')
         assert len({row.folder for row in rows}) == len(rows) == 8 and rows[0].recipe == r
-    with pytest.raises(UserError, match='ride has no profile fast; balanced_softmax, balpoe'):
-        recipe('ride', profile='fast')
+    with pytest.raises(UserError, match='supcon has no profile fast; balanced_softmax, balpoe'):
+        recipe('supcon', profile='fast')
 
 
 def test_older_runs_keep_their_names():

@@ -15,12 +15,12 @@ import numpy as np, torch
 from torch import Tensor, nn
 from ..data.checks import UserError
 from ..data.sampling import InstanceBalanced
+from .fast import fast_rows
 from .method import (
     PHOTOGRAPHS, Context, Length, Method, NonNegative, Positive, Published, register)
-from ltbook.methods.reweighting import (
-    DEFAULTS, SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, check, meta_split,
-    stage1_settings, stage2,
-    weighted_stage)
+from .reweighting import (
+    DEFAULTS, QUICK, SHORT, SMOKE, SOURCE, ClassWeigher, MetaSettings, cifar_rows, check, meta_split, shrunk,
+    stage1_settings, stage2, weighted_stage)
 from .stages import recipe_loss
 from ..models.difficulty_net import DifficultyNet, difficulty_weights, driver_loss
 from ..train.bilevel import meta_gradient, plain_cross_entropy
@@ -98,9 +98,10 @@ class DifficultyWeigher(ClassWeigher):
         return dict(meta=torch.as_tensor(index, dtype=torch.int64))
 
     def balanced(self, index: Tensor) -> dict[str, Tensor]:
-        "The images at positions `index` (n,) on the device, as they are, with labels."
+        "The images at positions `index` (n,) on the device, without chance, of the batch's size, with labels."
         data = self.view.data
-        return self.view.apply(dict(pixels=data.gather(index), y=data.labels[index]))
+        batch = self.view.apply(dict(pixels=data.gather(index), y=data.labels[index]))
+        return batch | dict(x=shrunk(batch['x'], self.side))
 
     def before_step(self, batch: dict, lr: float | Tensor) -> dict:
         "One step of the difficulty network; then the weights it gives. The batch has what was drawn."
@@ -166,9 +167,7 @@ def stage1(
         g.parameters(), s.network_lr, weight_decay=s.network_decay,
         capturable=context.compute.capture and context.compute.device.type == 'cuda')
     single = lambda z, y: loss(z, y, reduction='none')
-    stage = weighted_stage(context, DifficultyWeigher(context, g, adam, single), loss, lot)
-    stage.before_epoch = None      # the meta images have their full side, so the others may not grow
-    return stage
+    return weighted_stage(context, DifficultyWeigher(context, g, adam, single), loss, lot)
 
 # %% ../../nbs/methods/592_difficulty_net.ipynb #a1c0d002
 LAMBDAS, BASES = (0.0, 0.1, 0.3, 1.0, 3.0), ('cross_entropy', 'balanced_softmax')
@@ -229,9 +228,10 @@ difficulty_net = register(Method(
     unused=frozenset(('mixup_alpha', 'sam_rho', 'optimizer')),      # the look ahead is a plain step of SGD
     short=SHORT | dict(network_lr=1e-3),
     smoke=SMOKE,
+    fast=QUICK | dict(network_lr=1e-3),
     split=meta_split,
     check=check,
     stage1='difficulty_net',
     stage1_settings=stage1_settings(DifficultySettings),
     printed=dict(stage2=('Difficulty-Net', 'Difficulty-Net')),
-    sweeps=dict(ablation=ablation_grid)))
+    sweeps=dict(ablation=ablation_grid, fast=lambda: fast_rows('difficulty_net'))))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'DIGITS', 'SHORT', 'SMOKE', 'QUICK', 'SMOOTHING', 'DEFAULTS', 'STAGE2', 'reweighting', 'MetaSettings',
-           'meta_split', 'class_accuracies', 'ClassWeigher', 'weighted_stage', 'smoothing', 'stage2',
+           'meta_split', 'shrunk', 'class_accuracies', 'ClassWeigher', 'weighted_stage', 'smoothing', 'stage2',
            'ReweightingSettings', 'weight_rule', 'stage1', 'cifar_rows', 'stage1_settings', 'check']
 
 # %% ../../nbs/methods/591_reweighting.ipynb #cd6f4b82
@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import numpy as np, torch
 from pydantic import Field
 from torch import Tensor
+from ..data.augment import shrink
 from ..data.checks import UserError
 from ..data.images import ImageData
 from ..data.meta_set import MetaTail, halves, meta_tail
@@ -66,14 +67,22 @@ def meta_split(
         test=data.test), tail
 
 # %% ../../nbs/methods/591_reweighting.ipynb #a439730c
+def shrunk(
+    x: Tensor,  # float (B, C, H, W)
+    side: int | None,  # of the shorter side, pixels; None: as it is
+) -> Tensor:  # float (B, C, side, side) for square images
+    "Images of a balanced set at the size of those that are trained on."
+    return shrink(x, side) if side and side < min(x.shape[2:]) else x
+
 def class_accuracies(
     context: Context,  # network and data
     part: str = 'val',  # name of a part
+    side: int | None = None,  # of the images, pixels; None: as they are
 ) -> Tensor:  # (C,) float32 on the device, in [0, 1]
     "Accuracy of every class on a part, in eval mode. Raises `UserError` for a class without images in it."
-    data = context.parts[part]
+    data, answer = context.parts[part], lambda net, x: dict(logits=net(shrunk(x, side)))
     per_class = per_class_accuracy(
-        predict(context.network, context.plain(part), len(data))['logits'],
+        predict(context.network, context.plain(part), len(data), answer)['logits'],
         data.labels.cpu(),
         context.n_classes)
     if not np.isfinite(per_class).all():
@@ -89,7 +98,7 @@ class ClassWeigher:
         context: Context,  # network, data and settings
         weights: Callable[[Tensor, int], Tensor],  # (accuracies (C,), epoch) -> (C,), mean 1
     ):
-        self.context, self.rule, self.epoch = context, weights, 0
+        self.context, self.rule, self.epoch, self.side = context, weights, 0, None
         self.accuracies, self.current = (
             torch.zeros(context.n_classes, device=context.compute.device) for _ in range(2))
         self.current.copy_(self.weights())
@@ -117,7 +126,7 @@ class ClassWeigher:
     def after_epoch(self, epoch: int) -> dict:
         "Measure after an `epoch`, from 0; log what was used and what was found."
         log = dict(weights=self.weights())
-        self.measured(epoch + 1, class_accuracies(self.context))
+        self.measured(epoch + 1, class_accuracies(self.context, side=self.side))
         return log | dict(accuracies=self.accuracies.clone(), val_top1=self.accuracies.mean())
 
     def state_dict(self) -> dict: return dict(accuracies=self.accuracies.cpu(), epoch=self.epoch)
@@ -143,6 +152,11 @@ def weighted_stage(
         stage.draw = lambda: lot.draw() | weigher.draw()
         stage.before_step = lambda batch, lr: weigher.before_step(lot.take(batch), lr)
     stage.after_epoch = weigher.after_epoch
+    if grow := stage.before_epoch:
+        def grown(epoch):
+            grow(epoch)
+            weigher.side = stage.view.side
+        stage.before_epoch = grown
     stage.state = stage.state | dict(weigher=weigher) | (dict(lot=lot) if lot else {})
     context.notes['meta_images'] = len(context.tail.meta)
     if context.settings.select == 'val':

@@ -183,6 +183,8 @@ ride = register(Method(
             _cifar | dict(epochs=100),
             'ltbook: the CIFAR-10 values, as no paper uses digits'),
     ),
+    fast={},
+    sweeps=dict(fast=lambda: fast_rows('ride')),
     stage1='ride',
     printed=dict(stage1=('SADE', 'RIDE')),
     **EXPERTS))

@@ -38,7 +38,8 @@ def unpacked(
     here = Path(tempfile.mkdtemp(prefix='.coming-', dir=folder.parent))
     try:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            tar.extractall(here, filter='data')
+            tar.extraction_filter = getattr(tarfile, 'data_filter', None)      # early Python 3.10 and 3.11 have none
+            tar.extractall(here)
         if (folder/'done.json').exists(): return
         if not (here/'done.json').exists():
             folder.mkdir(exist_ok=True)

@@ -176,7 +176,7 @@ def test_a_method_of_a_file(installed, tmp_path):
     assert p.returncode == 2 and 'Unknown method' in p.stderr
     everything(installed, 'own', tmp_path, '--import', 'own.py')
     p = ltbook(installed, 'list', 'methods', '--import', 'nothing.py', cwd=tmp_path)
-    assert p.returncode == 2 and 'nothing.py cannot be imported' in p.stderr
+    assert p.returncode == 2 and 'There is no file nothing.py' in p.stderr
 
 
 SEVERAL = """

@@ -117,6 +117,29 @@ def test_one_bad_folder_is_one_line(finished):
     assert p.exit_code == 0 and finished.id in p.output and p.output.count('left out') == 1
 
 
+@pytest.mark.parametrize('what', ['unfinished', 'damaged', 'method of somebody else', 'without its recipe'])
+def test_rm_takes_what_cannot_be_read(finished, what, monkeypatch):
+    file, out = finished.path/'recipe.json', str(finished.path.parents[2])
+    if what == 'unfinished': (finished.path/'done.json').unlink()
+    elif what == 'damaged': (finished.path/'metrics.json').write_text('{}')
+    elif what == 'without its recipe': file.unlink()
+    else: monkeypatch.delitem(sys.modules['ltbook.methods.registry']._methods, 'mixup')
+    p = CliRunner().invoke(app, ['show', str(finished.path)], env=ENV)
+    assert p.exit_code == 2 and ('add --import' in p.output) == (what == 'method of somebody else'), p.output
+    typo = CliRunner().invoke(app, ['show', finished.id + '0', '--out', out], env=ENV).output
+    assert 'Warning' not in typo and (f'Did you mean {finished.id}?' in typo) == file.exists()
+    assert CliRunner().invoke(app, ['rm', str(finished.path), '--yes'], env=ENV).exit_code == 0
+    assert not finished.path.exists()
+
+
+def test_doctor_knows_features_by_their_name(finished, tmp_path):
+    root = ('--data-root', str(tmp_path/'data'))
+    said = CliRunner().invoke(app, ['features', str(finished.path), *root], env=ENV).output
+    name = said.partition('ltbook run dlsa ')[2].split()[0]
+    p = CliRunner().invoke(app, ['doctor', name, *root], env=ENV)
+    assert p.exit_code == 0 and 'feature_train.h5' in p.output and 'feature_test.h5' in p.output, p.output
+
+
 def test_left_overs_of_a_finished_run(finished):
     "Killed just after the end: the next call takes them away"
     for name in (

@@ -67,10 +67,10 @@ def rm_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask.')] = False,
     out: Out = Path('outputs')):
-    "Remove the folder of a run, after asking. One that is being written is left alone."
-    from ltbook.runs.folder import resolve_run
+    "Remove the folder of a run, finished or not, after asking. One that is being written is left alone."
+    from ltbook.runs.folder import run_folder
     from ltbook.runs.keeping import busy
-    folder = resolve_run(run, out).path
+    folder = run_folder(run, out)
     if owner := busy(folder): raise UserError(f'{folder} is being written by {owner}: stop that run first.')
     files = [p for p in folder.rglob('*') if p.is_file()]
     size = sum(p.stat().st_size for p in files)/1e6

@@ -77,8 +77,8 @@ def features_(
 # %% ../../nbs/cli/792_data.ipynb #09b17ac8
 @verb('doctor', 'Data', 'birds', 'imagenet_lt --images imagenet --lists lists')
 def doctor_(
-    what: Annotated[
-        str, typer.Argument(help='data, features, the name of a data set, or of one with lists: imagenet_lt, …')],
+    what: Annotated[Optional[str], typer.Argument(
+        help='A data set, features, a set with lists such as imagenet_lt; or the word data or features.')] = None,
     file: Annotated[
         Optional[Path], typer.Argument(help='After data: the name of a data set; after features: a file.')] = None,
     images: Annotated[Optional[Path], typer.Option(help='Folder that the lists are relative to.')] = None,
@@ -86,21 +86,29 @@ def doctor_(
     deep: Annotated[bool, typer.Option('--deep', help='Decode every picture.')] = False,
     data_root: Root = None):
     "Say what is wrong with a data set or a file, or what is in it."
-    from ltbook.data.features import check_features, describe_features
-    from ltbook.data.images import DATASETS, describe_data, own_sets
+    from ltbook.data.features import find_features
+    from ltbook.data.images import DATASETS, data_root as find_root, describe_data, own_sets
+    sets = (*DATASETS, *own_sets(data_root))
+    if what is None: raise UserError(f'Name a data set: ltbook doctor digits. There are: {", ".join(sets)}.')
     if images or lists: return _doctor_large(what, images, lists, deep)
-    if file is None and what in {*DATASETS, *own_sets(data_root)}: what, file = 'data', Path(what)
+    if file is None and what in sets: what, file = 'data', Path(what)
+    if file is None and (found := find_features(find_root(data_root)/what)):
+        for path in found: _doctor_features(path)
+        return
     known = 'data', 'features', *LARGE
-    if what not in known: one_of(what, (*DATASETS, *own_sets(data_root), *known), 'data set')
+    if what not in known: one_of(what, (*sets, *LARGE), 'data set')
     if what in LARGE:
         raise UserError(f'Say where {what} lies: ltbook doctor {what} --images FOLDER --lists FOLDER')
     if file is None: raise UserError(f'Say which {what}: ltbook doctor {what} NAME')
     if what == 'data':
         for text in describe_data(str(file), data_root): console.print(text, soft_wrap=True)
         return
-    faults = check_features(file)
-    if faults: raise UserError(f'{file}: ' + '; '.join(faults) + '.')
-    for k, v in describe_features(file).items(): console.print(f'{k:15} {v}', soft_wrap=True)
+    _doctor_features(file)
+
+def _doctor_features(file: Path) -> None:
+    "What is in a file of features, or what is wrong with it."
+    from ltbook.data.features import describe_features
+    for k, v in dict(file=file.name, **describe_features(file)).items(): console.print(f'{k:15} {v}', soft_wrap=True)
 
 @contextmanager
 def _progress(text: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:

@@ -166,7 +166,10 @@ def run_(
     if slow_bf16(find_device(device), recipe.precision) and not finished and recipe.profile != 'smoke':
         console.print('This processor has no instructions for bf16 and emulates it: --precision fp32 is several times '
                       'faster here (and another recipe, with a folder of its own).', soft_wrap=True)
-    if finished: console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
+    if finished:
+        console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
+        if not any(folder.glob('*.safetensors')):
+            console.print('Its weights are not here (git leaves them out): --out again makes it anew, with them.')
     with Reporter(console, verbose=verbose) as r, tracked(track, recipe, out) as t:
         def report(row): r.report(row); t.row(row)
         if notebook is None or (finished and (folder/'run.ipynb').exists()):
@@ -184,10 +187,10 @@ def verify_(
     run: Annotated[Optional[str], typer.Argument(help='A run; without one, all finished runs are checked.')] = None,
     out: Out = Path('outputs')):
     "Compare the files of finished runs with the hashes written when they were finished."
-    from ltbook.runs.folder import UNLISTED, resolve_run, verify_run
-    named = [p for p in (Path(run), out/run) if (p/'done.json').exists()] if run else []
-    places = named[:1] or (
-        [resolve_run(run, out).path] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))])
+    from ltbook.runs.folder import UNLISTED, load_run, run_folder, verify_run
+    places = [run_folder(run, out)] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))]
+    if run and not (places[0]/'done.json').exists(): load_run(places[0])      # raises what there is to say
+    if not places: raise UserError(f'No finished runs in {out}: name their folder with --out.')
     wrong = older = 0
     for place in places:
         faults, notes = verify_run(place)

@@ -29,10 +29,10 @@ class PoliteGroup(TyperGroup):
 
     def parse_args(self, ctx, args):
         "Take `--import MODULE` out of the words `args`, wherever it stands; `ctx` is that of click."
-        left, words = [], iter(args)
+        left, words, modules = [], iter(args), ctx.meta.setdefault('modules', [])
         for word in words:
             if word == '--': left += [word, *words]
-            elif word.partition('=')[0] == '--import': note_import(word.partition('=')[2] or next(words, ''))
+            elif word.partition('=')[0] == '--import': modules.append(word.partition('=')[2] or next(words, ''))
             else: left.append(word)
         return super().parse_args(ctx, left)
 
@@ -40,7 +40,9 @@ class PoliteGroup(TyperGroup):
         "Run a verb of `ctx`, and end with one sentence and its exit code where it fails."
         with ending_on_term() as deaf, warnings.catch_warnings():
             warnings.showwarning = _warn
-            try: return super().invoke(ctx)
+            try:
+                for module in ctx.meta['modules']: note_import(module)
+                return super().invoke(ctx)
             except BaseException as e:
                 deaf()      # whoever ends processes is impatient, and the sentence is what a user has of this one
                 code, text = _last_words(e)

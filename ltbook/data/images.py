@@ -221,7 +221,8 @@ def load_images(
         if name not in DATASETS and not path.is_file() and not files.is_file():
             words = f'import FOLDER {shlex.quote(name)}'
             if name in LARGE: words = f'pack {name} --images FOLDER --lists FOLDER'
-            one_of(name, {*DATASETS, *own_sets(root)}, 'data set', f'Pictures become one with: ltbook {words}')
+            one_of(name, {*DATASETS, *own_sets(root)}, 'data set', f'Pictures become one with: ltbook {words}. '
+                   'Where it lies in another folder: --data-root FOLDER.')
         if files.is_file() and not path.is_file(): train, test, val, attrs = load_files(files)
         else:
             if not path.is_file() and not _from_official(name, path): _download_cifar(name, path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNLISTED', 'run_id', 'open_folder', 'Run', 'load_run', 'scan_runs', 'in_its_place', 'find_runs', 'verify_run',
-           'resolve_run', 'find_outputs']
+           'run_folder', 'resolve_run', 'find_outputs']
 
 # %% ../../nbs/runs/62_folder.ipynb #b7214ade
 import os, shlex, warnings
@@ -185,7 +185,7 @@ def load_run(
             f'The run in {path} is not finished. Start it again with the same words to go on where it stopped.')
     try:
         recipe, metrics, env, done = (read_json(path/f'{n}.json') for n in ('recipe', 'metrics', 'env', 'done'))
-        get_method(recipe['method'])
+        _known(recipe['method'])
         run = Run(path, Recipe(**recipe), metrics, env)
         if done.get('run', run.id) != run.id:
             raise Damaged(f'its recipe is not that of {done["run"]}')
@@ -199,6 +199,12 @@ def load_run(
         raise UserError(f'The run in {path} is damaged: {_reason(e)}{advice}') from None
     except (UserError, ValueError) as e:
         raise UserError(f'The run in {path} cannot be read in this program: {_reason(e)}') from None
+
+def _known(method: str) -> None:
+    "Raise `UserError` for a method that no module defines which is imported here."
+    try: get_method(method)
+    except UserError:
+        raise UserError(f'its method {method} is defined elsewhere: add --import with its notebook or module') from None
 
 def _reason(e: BaseException) -> str:
     "One line about an error, ending in a full stop."
@@ -261,19 +267,26 @@ def verify_run(
     return faults, ', '.join(notes + [f'{n} {t}' for n, t in ((absent, 'not here'), (other, 'not of the run')) if n])
 
 # %% ../../nbs/runs/62_folder.ipynb #176716da
-def resolve_run(
+def run_folder(
     text: str,  # path of a folder, or dataset/method/seed-hash
     out: Path,  # where runs lie
-) -> Run:  # finished
-    "Find a finished run. Raises `UserError` with near matches."
+) -> Path:  # of a run that may be unfinished, damaged, or of a method that is unknown here
+    "Find the folder of a run. Raises `UserError` with near matches."
     for place in (Path(text), out/text):
-        if any((place/n).exists() for n in ('recipe.json', 'done.json')): return load_run(place)
-    known = [r.id for r in find_runs(out, hold_out=None)]
+        if any((place/n).exists() for n in ('recipe.json', 'done.json')): return place
+    known = ['/'.join(p.parts[-4:-1]) for p in sorted(out.glob('*/*/*/recipe.json'))]
     near = get_close_matches(text, known, 3, 0.5)
     raise UserError(
         f'There is no run {text!r} here.'
         + (f' Did you mean {" or ".join(near)}?' if near else '')
         + ' List finished runs with: ltbook show')
+
+def resolve_run(
+    text: str,  # path of a folder, or dataset/method/seed-hash
+    out: Path,  # where runs lie
+) -> Run:  # finished
+    "Find a finished run. Raises `UserError` with near matches, or where it can't be read."
+    return load_run(run_folder(text, out))
 
 # %% ../../nbs/runs/62_folder.ipynb #ae15b9e8
 def find_outputs() -> Path:  # it may not exist

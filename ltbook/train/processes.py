@@ -51,7 +51,9 @@ def note_import(
     known = list(filter(None, os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep)))
     if not module.isprintable():
         raise UserError(f'{printable(module)} cannot be imported: name a module such as a.b.c, or a file.')
-    if module.endswith(('.py', '.ipynb')): module = str(Path(module).absolute())
+    if module.endswith(('.py', '.ipynb')):
+        if not Path(module).is_file(): raise UserError(f'There is no file {module} to import.')
+        module = str(Path(module).absolute())
     if module not in known: os.environ['LTBOOK_IMPORT'] = os.pathsep.join([*known, module or '(no name)'])
 
 def start(

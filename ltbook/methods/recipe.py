@@ -279,22 +279,20 @@ def recipe(
     except ValidationError as e: raise UserError(_wrong_values(e)) from None
 
 # %% ../../nbs/methods/501_recipe.ipynb #616a39ed
-# what other libraries call a field
-SYNONYMS = dict(learning_rate='lr', wd='weight_decay', bs='batch_size', arch='backbone', model='backbone')
+SYNONYMS = dict(learning_rate='lr', wd='weight_decay', bs='batch_size', arch='backbone')     # of other libraries
 
 def _unknown_names(unknown: list[str], method, fields: set[str], own: set[str]) -> str:
     "Message for names that are neither a field nor a setting."
     near = [[SYNONYMS[u]] if u in SYNONYMS else get_close_matches(u, fields | own, 1, 0.6) for u in unknown]
-    hints = [f'{u!r}' + ''.join(f' (did you mean {n}?)' for n in s) for u, s in zip(unknown, near)]
-    told = f'Unknown setting {", ".join(hints)}.'
-    if all(near): return told
-    return (f'{told} Settings of {method.name}: {", ".join(sorted(own)) or "none"}. '
+    hints = (f'{u!r}' + ''.join(f' (did you mean {n}?)' for n in s) for u, s in zip(unknown, near))
+    if all(near): return f'Unknown setting {", ".join(hints)}.'
+    return (f'Unknown setting {", ".join(hints)}. Settings of {method.name}: {", ".join(sorted(own)) or "none"}. '
             f'Of every recipe: {", ".join(sorted(fields))}.')
 
 def _wrong_values(error: ValidationError) -> str:
     "Message for values of the wrong type or out of range."
-    said = [(e, e['msg'].removeprefix('Value error, ')) for e in error.errors()]
-    return '; '.join(f'{".".join(map(str, e["loc"][:1]))} = {e["input"]!r}: {m[0].lower()}{m[1:]}' for e, m in said) + '.'
+    said = [(e['loc'][:1], e['input'], e['msg'].removeprefix('Value error, ')) for e in error.errors()]
+    return '; '.join(f'{".".join(map(str, name))} = {v!r}: {m[0].lower()}{m[1:]}' for name, v, m in said) + '.'
 
 def _annotation(method, name: str) -> Any:
     "The type of a field of the recipe or a setting of the method; Any for unknown names."

@@ -36,7 +36,7 @@ def compare_(
     from ltbook.methods.recipe import PROFILES
     from ltbook.runs.folder import scan_runs
     from ltbook.runs.published import MEASURES
-    from ltbook.studies.compare import FORMATS, compare, formatted, short
+    from ltbook.studies.compare import FORMATS, compare, formatted, short, together
     from ltbook.studies.leaderboard import leaderboard, short_board
     one_of(form, FORMATS, 'format')
     if profile is not None: one_of(profile, PROFILES, 'profile')
@@ -54,7 +54,7 @@ def compare_(
     if table.empty:
         raise UserError(f'No run in {out} is {"like that" if board else "beside a printed number"}; see what there is: '
                         f'ltbook show{_unread(bad)}')
-    s = (short_board(table) if board else short(table)).drop_duplicates()      # some numbers are in several papers
+    s = short_board(table) if board else together(short(table))
     if form != 'table': return typer.echo(formatted(table, form, s), nl=False)
     spare = (('parameters', 'epochs', 'nll', 'minutes', 'forward50', 'medium', 'many') if board else
              ('band', 'difference', 'seeds', 'setting', 'recipe'))

@@ -107,7 +107,8 @@ REPLAYED = (
     [(m, n, {}) for m, n in STAGES]
     + [
         ('balanced_softmax', 'stage1', dict(first_side=4, nesterov=True, precision='bf16')),
-        ('difficulty_net', 'stage1', dict(meta_grad='none'))]
+        ('difficulty_net', 'stage1', dict(meta_grad='none')),
+        ('difficulty_net', 'stage1', dict(first_side=4))]
     + [
         (m, 'stage1', dict(loss=v, head='cosine' if v == 'ldam' else 'linear'))
         for m in ('difficulty_net', 'reweighting')

@@ -65,13 +65,16 @@ def test_balanced_images_have_the_size_of_those_that_are_trained_on(method):
 
 
 @pytest.mark.parametrize('at', [2, 4])
-def test_a_growing_stage_resumes_exactly(tmp_path, at):
+@pytest.mark.parametrize('words', [
+    dict(method='mislas'), dict(method='difficulty_net', n_meta=5), dict(method='reweighting', weights='cdb', select='val')],
+    ids=lambda w: w['method'])
+def test_a_growing_stage_resumes_exactly(tmp_path, words, at):
     def kill(row):
         if row['epoch'] == at - 1: raise KeyboardInterrupt
-    whole, part = stage_of(), stage_of()
+    whole, part = stage_of(**words), stage_of(**words)
     fit(whole, Compute())
     with pytest.raises(KeyboardInterrupt): fit(part, Compute(), tmp_path, report=kill)
-    again = stage_of()
+    again = stage_of(**words)
     fit(again, Compute(), tmp_path)
     for k, v in whole.network.state_dict().items(): assert torch.equal(v, again.network.state_dict()[k]), k
 

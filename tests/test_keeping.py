@@ -117,12 +117,16 @@ def test_one_bad_folder_is_one_line(finished):
     assert p.exit_code == 0 and finished.id in p.output and p.output.count('left out') == 1
 
 
-@pytest.mark.parametrize('what', ['unfinished', 'damaged', 'method of somebody else', 'without its recipe'])
+@pytest.mark.parametrize('what', [
+    'unfinished', 'damaged', 'method of somebody else', 'without its recipe', 'hardly begun'])
 def test_rm_takes_what_cannot_be_read(finished, what, monkeypatch):
     file, out = finished.path/'recipe.json', str(finished.path.parents[2])
     if what == 'unfinished': (finished.path/'done.json').unlink()
     elif what == 'damaged': (finished.path/'metrics.json').write_text('{}')
     elif what == 'without its recipe': file.unlink()
+    elif what == 'hardly begun':
+        for p in finished.path.iterdir(): p.unlink() if p.is_file() else shutil.rmtree(p)
+        (finished.path/'files.json').write_text('{}')
     else: monkeypatch.delitem(sys.modules['ltbook.methods.registry']._methods, 'mixup')
     p = CliRunner().invoke(app, ['show', str(finished.path)], env=ENV)
     assert p.exit_code == 2 and ('add --import' in p.output) == (what == 'method of somebody else'), p.output
@@ -132,12 +136,32 @@ def test_rm_takes_what_cannot_be_read(finished, what, monkeypatch):
     assert not finished.path.exists()
 
 
+@pytest.mark.parametrize('content', ['{}', '[]'])
+def test_rm_takes_nothing_else(finished, content):
+    "Not a folder of runs, whatever lies in it, and not one that is called something else"
+    place = finished.path.parents[2]
+    (place/'recipe.json').write_text(content)
+    (place/'done.json').write_text(content)
+    for words in ([str(place)], ['digits', '--out', str(place)], [str(finished.path.parent)]):
+        assert CliRunner().invoke(app, ['rm', *words, '--yes'], env=ENV).exit_code == 2
+    assert finished.path.exists()
+
+
+def test_a_module_that_fails_says_so(finished, tmp_path, monkeypatch):
+    (tmp_path/'broken.py').write_text('(')
+    monkeypatch.setenv('LTBOOK_IMPORT', '')      # what the verb adds is gone afterwards
+    p = CliRunner().invoke(app, ['show', str(finished.path), '--import', str(tmp_path/'broken.py')], env=ENV)
+    assert p.exit_code == 2 and 'broken.py' in p.output and 'SyntaxError' in p.output, p.output
+
+
 def test_doctor_knows_features_by_their_name(finished, tmp_path):
     root = ('--data-root', str(tmp_path/'data'))
     said = CliRunner().invoke(app, ['features', str(finished.path), *root], env=ENV).output
     name = said.partition('ltbook run dlsa ')[2].split()[0]
-    p = CliRunner().invoke(app, ['doctor', name, *root], env=ENV)
-    assert p.exit_code == 0 and 'feature_train.h5' in p.output and 'feature_test.h5' in p.output, p.output
+    for words in ([name], ['features', name]):
+        p = CliRunner().invoke(app, ['doctor', *words, *root], env=ENV)
+        assert p.exit_code == 0 and 'feature_train.h5' in p.output and 'feature_test.h5' in p.output, p.output
+    assert name in CliRunner().invoke(app, ['doctor', *root], env=ENV).output
 
 
 def test_left_overs_of_a_finished_run(finished):

@@ -6,7 +6,7 @@
 __all__ = ['compare_', 'rm_', 'report_']
 
 # %% ../../nbs/cli/794_compare.ipynb #290ca2af
-import shutil
+import re, shutil
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -62,20 +62,29 @@ def compare_(
     print_table(title, tuple(s.columns), s.values.tolist(), spare)
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
 
+def _to_remove(run: str, out: Path) -> Path:
+    "A folder with the name of a run, whatever state it is in; any other only if a finished run can be read in it."
+    from ltbook.runs.folder import resolve_run
+    named = (p for p in (Path(run), out/run) if re.fullmatch(r'\d+-[0-9a-f]{8}', p.name) and p.is_dir())
+    return next(named, None) or resolve_run(run, out).path
+
+def _check_idle(folder: Path) -> None:
+    from ltbook.runs.keeping import busy
+    if owner := busy(folder): raise UserError(f'{folder} is being written by {owner}: stop that run first.')
+
 @verb('rm', 'Results', 'digits/mislas/0-da318a07')
 def rm_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Do not ask.')] = False,
     out: Out = Path('outputs')):
     "Remove the folder of a run, finished or not, after asking. One that is being written is left alone."
-    from ltbook.runs.folder import run_folder
-    from ltbook.runs.keeping import busy
-    folder = run_folder(run, out)
-    if owner := busy(folder): raise UserError(f'{folder} is being written by {owner}: stop that run first.')
+    folder = _to_remove(run, out)
+    _check_idle(folder)
     files = [p for p in folder.rglob('*') if p.is_file()]
     size = sum(p.stat().st_size for p in files)/1e6
     if not yes and not typer.confirm(f'Remove {folder}: {len(files)} files, {size:.1f} MB?'):
         return console.print('Left alone.')
+    _check_idle(folder)      # somebody may have gone on with it meanwhile
     shutil.rmtree(folder)
     console.print(f'removed {folder}', soft_wrap=True)
 

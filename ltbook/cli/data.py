@@ -7,7 +7,7 @@ __all__ = ['shift_', 'features_', 'doctor_', 'pack_', 'import_', 'bench_']
 
 # %% ../../nbs/cli/792_data.ipynb #44940a6c
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Optional
@@ -88,27 +88,32 @@ def doctor_(
     "Say what is wrong with a data set or a file, or what is in it."
     from ltbook.data.features import find_features
     from ltbook.data.images import DATASETS, data_root as find_root, describe_data, own_sets
-    sets = (*DATASETS, *own_sets(data_root))
-    if what is None: raise UserError(f'Name a data set: ltbook doctor digits. There are: {", ".join(sets)}.')
-    if images or lists: return _doctor_large(what, images, lists, deep)
-    if file is None and what in sets: what, file = 'data', Path(what)
-    if file is None and (found := find_features(find_root(data_root)/what)):
-        for path in found: _doctor_features(path)
-        return
+    root = find_root(data_root)
+    sets, written = (*DATASETS, *own_sets(root)), {p.name: f for p in root.glob('*') if (f := find_features(p))}
+    if (images or lists) and what: return _doctor_large(what, images, lists, deep)
+    if what is None:
+        first = f'{next(iter(LARGE))} --images FOLDER --lists FOLDER' if images or lists else 'digits'
+        raise UserError(f'Name a data set: ltbook doctor {first}. There are: {", ".join((*sets, *written))}.')
+    if what in sets and file is None: what, file = 'data', Path(what)
     known = 'data', 'features', *LARGE
-    if what not in known: one_of(what, (*sets, *LARGE), 'data set')
+    if what not in known: one_of(what, (*sets, *written, *LARGE), 'data set')
+    name = str(file if what == 'features' else what)
+    if name in written and not Path(name).is_file(): return _doctor_features(written[name])
     if what in LARGE:
         raise UserError(f'Say where {what} lies: ltbook doctor {what} --images FOLDER --lists FOLDER')
     if file is None: raise UserError(f'Say which {what}: ltbook doctor {what} NAME')
     if what == 'data':
         for text in describe_data(str(file), data_root): console.print(text, soft_wrap=True)
         return
-    _doctor_features(file)
+    _doctor_features([file])
 
-def _doctor_features(file: Path) -> None:
-    "What is in a file of features, or what is wrong with it."
-    from ltbook.data.features import describe_features
-    for k, v in dict(file=file.name, **describe_features(file)).items(): console.print(f'{k:15} {v}', soft_wrap=True)
+def _doctor_features(files: Iterable[Path]) -> None:
+    "What is in files of features, or what is wrong with them."
+    from ltbook.data.features import check_features, describe_features
+    faults = [f'{f}: {"; ".join(found)}.' for f in files if (found := check_features(f))]
+    if faults: raise UserError(' '.join(faults))
+    for f in files:
+        for k, v in dict(file=f.name, **describe_features(f)).items(): console.print(f'{k:15} {v}', soft_wrap=True)
 
 @contextmanager
 def _progress(text: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:

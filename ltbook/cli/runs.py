@@ -169,7 +169,8 @@ def run_(
     if finished:
         console.print(f'Nothing to train: {folder} was finished before.', soft_wrap=True)
         if not any(folder.glob('*.safetensors')):
-            console.print('Its weights are not here (git leaves them out): --out again makes it anew, with them.')
+            console.print('Its weights are not here (they are not kept in git). Make them again with: '
+                          f'{load_run(folder).again}', soft_wrap=True)
     with Reporter(console, verbose=verbose) as r, tracked(track, recipe, out) as t:
         def report(row): r.report(row); t.row(row)
         if notebook is None or (finished and (folder/'run.ipynb').exists()):
@@ -190,7 +191,7 @@ def verify_(
     from ltbook.runs.folder import UNLISTED, load_run, run_folder, verify_run
     places = [run_folder(run, out)] if run else [p.parent for p in sorted(out.glob('*/*/*/done.json'))]
     if run and not (places[0]/'done.json').exists(): load_run(places[0])      # raises what there is to say
-    if not places: raise UserError(f'No finished runs in {out}: name their folder with --out.')
+    if not places: raise UserError(f'No finished runs in {out}.')
     wrong = older = 0
     for place in places:
         faults, notes = verify_run(place)

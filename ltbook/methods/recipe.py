@@ -283,9 +283,10 @@ SYNONYMS = dict(learning_rate='lr', wd='weight_decay', bs='batch_size', arch='ba
 
 def _unknown_names(unknown: list[str], method, fields: set[str], own: set[str]) -> str:
     "Message for names that are neither a field nor a setting."
-    near = [[SYNONYMS[u]] if u in SYNONYMS else get_close_matches(u, fields | own, 1, 0.6) for u in unknown]
-    hints = (f'{u!r}' + ''.join(f' (did you mean {n}?)' for n in s) for u, s in zip(unknown, near))
-    if all(near): return f'Unknown setting {", ".join(hints)}.'
+    known = (fields - method.unused) | own
+    def near(u, least): return [s] if (s := SYNONYMS.get(u)) in known else get_close_matches(u, known, 1, least)
+    hints = (f'{u!r}' + ''.join(f' (did you mean {n}?)' for n in near(u, 0.6)) for u in unknown)
+    if all(near(u, 0.8) for u in unknown): return f'Unknown setting {", ".join(hints)}.'
     return (f'Unknown setting {", ".join(hints)}. Settings of {method.name}: {", ".join(sorted(own)) or "none"}. '
             f'Of every recipe: {", ".join(sorted(fields))}.')
 
@@ -296,5 +297,4 @@ def _wrong_values(error: ValidationError) -> str:
 
 def _annotation(method, name: str) -> Any:
     "The type of a field of the recipe or a setting of the method; Any for unknown names."
-    field = Recipe.model_fields.get(name) or method.settings.model_fields.get(name)
-    return field.annotation if field else Any
+    return getattr(Recipe.model_fields.get(name) or method.settings.model_fields.get(name), 'annotation', Any)

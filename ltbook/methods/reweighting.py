@@ -163,7 +163,8 @@ def weighted_stage(
         if stage.average:
             raise UserError('The best epoch is chosen by the weights as they are: '
                             'leave out average or select=val.')
-        best = KeepBest(context.network, score=lambda: weigher.accuracies.mean().item())
+        whole = lambda: class_accuracies(context) if weigher.side else weigher.accuracies
+        best = KeepBest(context.network, score=lambda: whole().mean().item())      # epochs compare at full size
         stage.after_epoch = lambda e: weigher.after_epoch(e) | best.look(e)
         stage.at_end, stage.state, stage.selection = (
             best.put_back, stage.state | dict(best=best), 'best_on_val')

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..data.checks import UserError
 from ..data.hdf5 import file_bytes, mapped
 from ..data.html import Picture, html_table
-from ..methods.method import get_method
+from ..methods.method import methods
 from .environment import command
 from .keeping import verify_files
 from ..methods.recipe import Recipe, recipe_hash
@@ -202,9 +202,9 @@ def load_run(
 
 def _known(method: str) -> None:
     "Raise `UserError` for a method that no module defines which is imported here."
-    try: get_method(method)
-    except UserError:
-        raise UserError(f'its method {method} is defined elsewhere: add --import with its notebook or module') from None
+    if not isinstance(method, str): raise Damaged('its method is no name')
+    if method not in methods():
+        raise UserError(f'its method {method} is defined elsewhere: add --import with its notebook or module')
 
 def _reason(e: BaseException) -> str:
     "One line about an error, ending in a full stop."

@@ -124,7 +124,8 @@ def together(
     "Rows that only differ in what is printed as one row: several papers print a number of the same method."
     same = [c for c in s if c not in ('printed', 'difference')]
     if s.empty: return s
-    return s.groupby(same, sort=False, as_index=False).agg(lambda v: ', '.join(dict.fromkeys(v)))[[*s]]
+    once = s.drop_duplicates()
+    return once.groupby(same, sort=False, as_index=False).agg(lambda v: ', '.join(filter(None, v)))[[*s]]
 
 def formatted(
     table: pd.DataFrame,  # from `compare` or `leaderboard`

@@ -66,7 +66,8 @@ def test_balanced_images_have_the_size_of_those_that_are_trained_on(method):
 
 @pytest.mark.parametrize('at', [2, 4])
 @pytest.mark.parametrize('words', [
-    dict(method='mislas'), dict(method='difficulty_net', n_meta=5), dict(method='reweighting', weights='cdb', select='val')],
+    dict(method='mislas'), dict(method='difficulty_net', n_meta=5),
+    dict(method='reweighting', weights='cdb', select='val')],
     ids=lambda w: w['method'])
 def test_a_growing_stage_resumes_exactly(tmp_path, words, at):
     def kill(row):

@@ -207,7 +207,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         'words, says',
         [
-            (('ride', 'ablation'), 'ride has no sweeps'),
+            (('supcon', 'ablation'), 'supcon has no sweeps'),
             (('difficulty_net',), 'Name the sweep of difficulty_net'),
             ((), 'Name what to run'),
             (('--method', 'mislas', '--set', 'lr'), '--set takes key=value'),

@@ -26,12 +26,10 @@ def show_run(
         number = lambda v: '' if v != v or v is None else f'{v:.1f}'
         same = not any(paper.differs)
         title = 'beside the paper, percent' if same else 'printed, at the published length, percent'
-        print_table(
-            title,
-            ('stage', 'measure', 'ours', 'printed', 'difference', 'source'),
-            [
-                (p.stage, p.measure, number(p.ours), number(p.printed), number(p.difference), p.source)
-                for p in paper.itertuples()])
+        head = ['stage', 'measure', 'ours', 'printed', 'difference', 'source']
+        if not paper.difference.notna().any(): head.remove('difference')      # nothing here is compared
+        numbers = paper.assign(**{k: [number(v) for v in paper[k]] for k in ('ours', 'printed', 'difference')})
+        print_table(title, tuple(head), numbers[head].values.tolist())
         for stage, other in paper.groupby('stage', sort=False).differs.first().items():
             if other: console.print(f'{stage} is not compared with the paper: {other}.', soft_wrap=True)
     known = ', '.join(f'{k} {v[:8]}' for k, v in run.data.items()) if run.data else 'not recorded'

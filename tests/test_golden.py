@@ -32,7 +32,9 @@ TOLERANCE = dict(nll=2e-2, brier=2e-2) | {k: 5e-2 for k in ('top1', 'many', 'med
 
 GENTLE = dict(lr=1e-3, batch_size=64)     # far from chaos, so that another processor comes near
 SECOND_RATE = dict.fromkeys(('mislas', 'crt', 'lws', 'difficulty_net', 'reweighting'), dict(stage2_lr=.01))
-SLOW = SECOND_RATE | dict(class_balanced_experts=dict(expert_lr=1e-3, calibration_lr=.01), dlsa=dict(head_lr=.01))
+SLOW = SECOND_RATE | dict(
+    class_balanced_experts=dict(expert_lr=1e-3, calibration_lr=.01), dlsa=dict(head_lr=.01),
+    depth_balpoe=dict(lr=1e-4))      # mixed images and averaged statistics on top: 1e-3 is not far enough
 STRONG = dict(auto_augment=True, cutout_side=4, pad_mode='reflect+constant')
 CHANGED = [
     ('mislas', dict(precision='bf16', first_side=4, nesterov=True, schedule='one_cycle')),

@@ -109,11 +109,13 @@ def doctor_(
 
 def _doctor_features(files: Iterable[Path]) -> None:
     "What is in files of features, or what is wrong with them."
-    from ltbook.data.features import check_features, describe_features
-    faults = [f'{f}: {"; ".join(found)}.' for f in files if (found := check_features(f))]
-    if faults: raise UserError(' '.join(faults))
+    from ltbook.data.features import describe_features
+    told, faults = [], []
     for f in files:
-        for k, v in dict(file=f.name, **describe_features(f)).items(): console.print(f'{k:15} {v}', soft_wrap=True)
+        try: told.append(dict(file=f.name, **describe_features(f)))
+        except UserError as e: faults.append(str(e))
+    if faults: raise UserError(' '.join(faults))
+    for k, v in (pair for lines in told for pair in lines.items()): console.print(f'{k:15} {v}', soft_wrap=True)
 
 @contextmanager
 def _progress(text: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:

@@ -98,10 +98,15 @@ class ClassWeigher:
         context: Context,  # network, data and settings
         weights: Callable[[Tensor, int], Tensor],  # (accuracies (C,), epoch) -> (C,), mean 1
     ):
-        self.context, self.rule, self.epoch, self.side = context, weights, 0, None
+        self.context, self.rule, self.epoch, self.trained = context, weights, 0, None
         self.accuracies, self.current = (
             torch.zeros(context.n_classes, device=context.compute.device) for _ in range(2))
         self.current.copy_(self.weights())
+
+    @property
+    def side(self) -> int | None:
+        "Of the images that a stage trains on now, pixels; None without a stage."
+        return self.trained.side if self.trained else None
 
     def weights(self) -> Tensor:
         "Of the epoch that runs (C,), float32 on the device."
@@ -152,18 +157,14 @@ def weighted_stage(
         stage.draw = lambda: lot.draw() | weigher.draw()
         stage.before_step = lambda batch, lr: weigher.before_step(lot.take(batch), lr)
     stage.after_epoch = weigher.after_epoch
-    if grow := stage.before_epoch:
-        def grown(epoch):
-            grow(epoch)
-            weigher.side = stage.view.side
-        stage.before_epoch = grown
+    weigher.trained = stage.view
     stage.state = stage.state | dict(weigher=weigher) | (dict(lot=lot) if lot else {})
     context.notes['meta_images'] = len(context.tail.meta)
     if context.settings.select == 'val':
         if stage.average:
             raise UserError('The best epoch is chosen by the weights as they are: '
                             'leave out average or select=val.')
-        whole = lambda: class_accuracies(context) if weigher.side else weigher.accuracies
+        whole = lambda: weigher.accuracies if stage.view.side == stage.view.size else class_accuracies(context)
         best = KeepBest(context.network, score=lambda: whole().mean().item())      # epochs compare at full size
         stage.after_epoch = lambda e: weigher.after_epoch(e) | best.look(e)
         stage.at_end, stage.state, stage.selection = (

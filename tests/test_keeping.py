@@ -351,15 +351,15 @@ def test_checks_cost_little(tmp_path, finished):
             env=json.dumps(finished.env))
         for k, text in texts.items(): (folder/f'{k}.json').write_text(text)
         write_json(folder/'done.json', dict(run=run_id(r)))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(scan_runs(tmp_path/'many')[0]) == 100
-    without = time.perf_counter() - began
+    without = time.process_time() - began
     for folder in (tmp_path/'many').glob('*/*/*'):
         from ltbook.runs.keeping import _hashes
         write_json(folder/'done.json', dict(run=f'digits/mixup/{folder.name}', files=_hashes(folder)))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(scan_runs(tmp_path/'many')[0]) == 100
-    assert time.perf_counter() - began - without < .2
+    assert time.process_time() - began - without < .2
 
 
 def test_an_absent_manifest_is_not_made_anew(tmp_path):

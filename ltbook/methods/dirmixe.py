@@ -92,8 +92,8 @@ dirmixe = register(Method(
         Published(
             'inaturalist2018', None,
             _common | dict(
-                backbone='resnet50', epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4,
-                concentration=100_000.0, penalty=1.0, **PHOTOGRAPHS), _code),
+                backbone='resnet50', epochs=100, batch_size=512, lr=0.2, warmup=.05, drops=(.6, .8),
+                weight_decay=2e-4, concentration=100_000.0, penalty=1.0, **PHOTOGRAPHS), _code),
         Published(
             'digits', None,
             _common | dict(epochs=100, weight_decay=5e-4, penalty=15.0),

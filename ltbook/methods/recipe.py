@@ -21,7 +21,7 @@ from ..data.images import DATASETS
 from ..data.profile import SHOT_RULES
 from ..losses.named import LOSSES
 from .fast import FAST
-from .spelling import spelt
+from .spelling import spelt, wrong_values
 from .registry import get_method, methods
 from ..models.backbones import BACKBONES, PREFIX
 from ..train.schedule import SCHEDULES
@@ -89,6 +89,10 @@ class Recipe(BaseModel):
     optimizer: Literal['sgd', 'adamw'] = _fact('sgd', stage1=True, since='0.3')  # of the first stage
     lr: Positive = _fact(0.1, stage1=True)
     schedule: str = _fact('step', stage1=True)  # a name of ltbook.train.schedule.SCHEDULES
+    # of the schedule step: part of the epochs, at least one, and parts after which the rate falls, and to what part
+    warmup: Share = _fact(5/200, stage1=True, since='0.6')
+    drops: Annotated[tuple[Share, ...], Field(strict=False)] = _fact((.8, .9), stage1=True, since='0.6')
+    drop_factor: Annotated[float, Field(gt=0, le=1)] = _fact(.1, stage1=True, since='0.6', was=('ride', ))
     momentum: Annotated[float, Field(ge=0, lt=1)] = _fact(0.9, stage1=True)
     nesterov: bool = _fact(False, stage1=True)
     weight_decay: NonNegative = _fact(2e-4, stage1=True)  # on everything that trains
@@ -276,7 +280,7 @@ def recipe(
         source=row.source + ('; changed by the profile fast' if profile == 'fast' else '')
     ) | {k: v for k, v in values.items() if k in fields}
     try: return Recipe(**common, settings=m.settings(**{k: v for k, v in values.items() if k in own}))
-    except ValidationError as e: raise UserError(_wrong_values(e)) from None
+    except ValidationError as e: raise UserError(wrong_values(e)) from None
 
 # %% ../../nbs/methods/501_recipe.ipynb #616a39ed
 SYNONYMS = dict(learning_rate='lr', wd='weight_decay', bs='batch_size', arch='backbone')     # of other libraries
@@ -289,11 +293,6 @@ def _unknown_names(unknown: list[str], method, fields: set[str], own: set[str]) 
     if all(near(u, 0.8) for u in unknown): return f'Unknown setting {", ".join(hints)}.'
     return (f'Unknown setting {", ".join(hints)}. Settings of {method.name}: {", ".join(sorted(own)) or "none"}. '
             f'Of every recipe: {", ".join(sorted(fields))}.')
-
-def _wrong_values(error: ValidationError) -> str:
-    "Message for values of the wrong type or out of range."
-    said = [(e['loc'][:1], e['input'], e['msg'].removeprefix('Value error, ')) for e in error.errors()]
-    return '; '.join(f'{".".join(map(str, name))} = {v!r}: {m[0].lower()}{m[1:]}' for name, v, m in said) + '.'
 
 def _annotation(method, name: str) -> Any:
     "The type of a field of the recipe or a setting of the method; Any for unknown names."

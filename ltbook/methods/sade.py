@@ -20,7 +20,6 @@ from .method import PHOTOGRAPHS, Context, Method, Published, Settings, register
 from .recipe import LOSS_FIELDS
 from .stages import representation_stage
 from ..models.backbones import EXPERT_BACKBONES
-from ..train.schedule import step_schedule
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/56_sade.ipynb #8d0d7301
@@ -72,7 +71,7 @@ _imagenet = dict(
     epochs=180, batch_size=64, lr=0.025, schedule='cosine', **PHOTOGRAPHS | dict(jitter=0.4))
 _inaturalist = dict(
     head='cosine', nesterov=True, backbone='resnet50',
-    epochs=100, batch_size=512, lr=0.2, weight_decay=2e-4, **PHOTOGRAPHS)
+    epochs=100, batch_size=512, lr=0.2, warmup=.05, drops=(.6, .8), weight_decay=2e-4, **PHOTOGRAPHS)
 _code = "SADE, authors' configuration files (NeurIPS 2022)"
 
 EXPERTS = dict(      # what all methods with experts tell the registry
@@ -129,7 +128,6 @@ class RideSettings(ExpertSettings):
     largest_margin: float = 0.5  # of LDAM, in units of the cosine
     late: float = 0.8  # fraction of the epochs after which classes are weighted
     temperature: float = 0.05  # gamma, how much the late temperatures follow the counts
-    drop_factor: float = 0.01  # of the rate at 0.8 and 0.9 of the epochs
 
 def ride_stage(
     context: Context,  # with a network of experts
@@ -146,10 +144,7 @@ def ride_stage(
     def draw() -> dict:
         count.steps += 1
         return dict(late=count.epoch >= round(s.late*r.epochs))
-    stage = replace(
-        expert_stage(context, loss),
-        lr=lambda e: step_schedule(e, r.epochs, r.lr, factor=s.drop_factor),
-        draw=draw)
+    stage = replace(expert_stage(context, loss), draw=draw)
     count = stage.state['count'] = StepCount(stage.n_batches)
     return stage
 
@@ -172,11 +167,12 @@ ride = register(Method(
         Published(
             'imagenet_lt', None,
             _imagenet | dict(
-                epochs=100, batch_size=256, lr=0.1, weight_decay=2e-4, schedule='step', temperature=0.02),
+                epochs=100, batch_size=256, lr=0.1, schedule='step', warmup=.05, drops=(.6, .8), drop_factor=.1,
+                weight_decay=2e-4, temperature=0.02),
             "RIDE, authors' configuration files (ICLR 2021)"),
         Published(
             'inaturalist2018', None,
-            _inaturalist | dict(temperature=0.015),
+            _inaturalist | dict(temperature=0.015, drop_factor=.1),
             "RIDE, authors' configuration files (ICLR 2021)"),
         Published(
             'digits', None,
@@ -187,4 +183,4 @@ ride = register(Method(
     sweeps=dict(fast=lambda: fast_rows('ride')),
     stage1='ride',
     printed=dict(stage1=('SADE', 'RIDE')),
-    **EXPERTS))
+    **EXPERTS | dict(defaults=dict(rotation=15.0, drop_factor=.01))))

@@ -368,6 +368,9 @@ def test_from_lists_to_a_run_at_the_command_line(photographs, tmp_path, monkeypa
     files = load_run(next((tmp_path/'o'/'photographs'/'mislas').glob('*')))
     assert p.exit_code == 0 and files.data == packed.data, p.output
     assert np.array_equal(files.predictions['logits'], packed.predictions['logits']), 'to the bit'
+    # in the place of a packed set it is what is read from now on
+    p = ltbook(*command, '--size', '16', '--data-root', 'd', '--as-files', '--force')
+    assert p.exit_code == 0 and load_images('photographs', tmp_path/'d').train.shape == (16, 16, 3), p.output
     for words, told in ((('doctor', 'places_lt'), '--images FOLDER --lists FOLDER'),
                         (('doctor', 'places_lt', '--images', images), 'needs both'),
                         (('doctor', 'data'), 'ltbook doctor data NAME'),

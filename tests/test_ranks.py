@@ -11,7 +11,7 @@ from ltbook.runs.folder import load_run, run_id
 from ltbook.runs.run import make_context, run
 from ltbook.train import ranks
 from ltbook.train.ranks import Sharing
-from ltbook.train.stage import pieces
+from ltbook.train.stage import drawn_with, pieces
 
 QUIET = dict(say=lambda text: None)
 LTBOOK = [sys.executable, '-m', 'ltbook']
@@ -111,6 +111,9 @@ def test_pieces_add_up_to_the_gradient_of_the_batch():
     assert [len(b['y']) for _, b in cut] == [3, 3, 3, 2] and all(b['lam'] == .5 for _, b in cut)
     torch.testing.assert_close(net.weight.grad, want)
     assert [s for s, _ in pieces(dict(y=y[:3]), 4)] == [1.0]      # no piece of one image, for BatchNorm
+    # what a stage draws for the whole batch is no sample's, as many as there may be of it
+    batch = drawn_with(dict(x=x, y=y), dict(q=torch.arange(len(y)), late=True))
+    assert all(len(p['q']) == len(y) and p['late'] and len(p['x']) < len(y) for _, p in pieces(batch, 4))
 
 
 def test_accumulating_takes_the_same_steps_where_nothing_looks_at_a_whole_batch(tmp_path):

@@ -156,7 +156,9 @@ def pack_(
     new_place(name, root, force)
     reading = Reading(size, fit, background)
     with _progress('looking' if as_files else 'packing') as show:
-        if as_files: file = declare_files(name, images, lists, root, reading, show)
+        if as_files:
+            file = declare_files(name, images, lists, root, reading, show)
+            (root/f'{name}.h5').unlink(missing_ok=True)      # replaced, and it would be taken first
         else: file = pack_large(name, images, lists, root, reading, workers, show)
     console.print(f'wrote {file}; use it with: ltbook run mislas {shlex.quote(name)}{_at(data_root)}', soft_wrap=True)
 

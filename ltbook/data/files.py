@@ -117,6 +117,7 @@ def file_set(
     classes: Sequence[str],  # C names, in the order of the ids
     reading: Reading,  # how pictures become squares
     workers: int | None = None,  # threads that decode; None takes one a core
+    scale: tuple[float, float] | None = None,  # of deep pictures, see `ltbook.data.pictures.scale_of`
 ) -> ImageSet:  # whose store is a `FileStore`
     "The pictures of a list as a set. Raises `UserError` that names the first missing files and counts the rest."
     files = [Path(root)/f for f in part.files]
@@ -125,7 +126,7 @@ def file_set(
                   'add what is missing, or take its lines out of the list')
         raise UserError(f'{len(missing)} of {len(files)} pictures of {part.source} are not in {root}, the first is '
                         f'{printable(missing[0])} ({part.where(part.files.index(missing[0]))}); {advice}.')
-    return ImageSet(FileStore(files, reading, workers=workers), torch.from_numpy(part.labels), tuple(classes))
+    return ImageSet(FileStore(files, reading, scale, workers=workers), torch.from_numpy(part.labels), tuple(classes))
 
 def missing_files(
     part: ImageList,  # which pictures

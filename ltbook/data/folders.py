@@ -27,18 +27,21 @@ def is_picture(
 
 def class_folders(
     folder: Path,  # one folder a class
+    least: int = 2,  # classes
 ) -> dict[str, list[Path]]:  # class name -> its picture files, both sorted; a class may have none
-    "The pictures of a folder. Raises `UserError` for fewer than two class folders."
+    "The pictures of a folder. Raises `UserError` for too few class folders."
     classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and _wanted(d)]
-    if len(classes) < 2:
-        raise UserError(f'{folder} must hold at least 2 class folders, found {len(classes)}: '
+    if len(classes) < least:
+        raise UserError(f'{folder} must hold at least {least} class folder{"s"*(least > 1)}, found {len(classes)}: '
                         'put the pictures of each class into a folder of its own.')
     return {printable(d.name): sorted(_pictures(d)) for d in classes}
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    "Those of a folder and of folders in it."
+def _pictures(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    "Those of a folder and of folders in it; a link that leads back up is not followed."
+    above = (*above, folder.resolve())
     for p in folder.iterdir():
-        if p.is_dir() and _wanted(p): yield from _pictures(p)
+        if p.is_dir() and _wanted(p):
+            if not any(a.is_relative_to(p.resolve()) for a in above): yield from _pictures(p, above)
         elif is_picture(p): yield p
 
 # %% ../../nbs/data/0202_folders.ipynb #ae2570b3
@@ -51,7 +54,7 @@ def find_parts(
     "Which pictures train and which test. Raises `UserError` for classes that cannot be trained on."
     found = read_table(folder) if folder.is_file() else {}
     there = found or sorted(d.name for d in folder.iterdir() if d.is_dir())
-    def read(name: str) -> dict: return found[name] if found else class_folders(folder/name)
+    def read(name: str, least: int = 1) -> dict: return found[name] if found else class_folders(folder/name, least)
     named = {PARTS[d.lower()]: d for d in there if d.lower() in PARTS}      # part -> what it is called here
     if not {'train', 'test'} <= named.keys() and not {'train', 'val'} <= named.keys():
         whole = {} if found else class_folders(folder)
@@ -60,12 +63,13 @@ def find_parts(
                 raise UserError(f'{folder} has {d}/ with folders in it, and no other part: call them train/ and '
                                 'test/ or val/, or give the folder that holds the classes.')
         for part in found.values(): whole = {k: sorted(whole.get(k, []) + part.get(k, [])) for k in {**whole, **part}}
-        if len(whole) < 2: raise UserError(f'{folder} names 1 class, and there must be at least 2: add another one.')
+        if len(whole) < 2: raise _one_class(folder)
         return _cut(whole, folder, test_fraction, np.random.default_rng(seed), say)
     places = dict(train=named['train'], test=named.get('test', named.get('val')))
     if 'test' not in named: say(f'{named["val"]}/ is the part for testing.')
-    parts = {k: read(name) for k, name in places.items()}
-    train, test = parts['train'], parts['test']
+    train, test = read(places['train'], 2), read(places['test'])
+    if len(train) < 2: raise _one_class(folder)
+    parts = dict(train=train, test=test)
     if {'test', 'val'} <= named.keys(): parts |= _validation(read, named['val'], train, say)
     if odd := sorted(test.keys() - train.keys()):
         raise UserError(f'{folder/places["test"]} has classes that {folder/places["train"]} lacks: {_some(odd)}; '
@@ -96,6 +100,9 @@ def _cut(classes, folder, fraction, rng, say):
     if single := [c for c, files in test.items() if not files]:
         say(f'One picture each, which trains and is not tested: {_some(single)}.')
     return dict(train=train, test=test)
+
+def _one_class(table):
+    return UserError(f'{table} names 1 class to train on, and there must be at least 2: add another one.')
 
 def _no_pictures(folder, none):
     return UserError(f'{folder}: no pictures ({", ".join(sorted(SUFFIXES))}) in {_some(none)}; '

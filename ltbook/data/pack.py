@@ -56,7 +56,9 @@ def pack(
             with FileLock(path.with_name(f'.{path.name}.lock'), timeout=0):
                 what = packing(parts.values())
                 done = _done(part, note, what)
-                if not done: _make_room(part, parts, attrs)
+                if not done:
+                    note.unlink(missing_ok=True)      # of another content: it must not speak of what is written now
+                    _make_room(part, parts, attrs)
                 _fill(part, note, what, done, parts, progress)
                 part.replace(path)
                 note.unlink(missing_ok=True)

@@ -250,9 +250,15 @@ def _room(n: int, side: int, most: int = 2**28) -> np.ndarray:
     "Bytes for n squares: in memory, or for more than `most` bytes in a file without a name."
     shape = (n, side, side, 3)
     if np.prod(shape) <= most: return np.empty(shape, np.uint8)
-    file = tempfile.TemporaryFile()
-    if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))      # a full disk: now
-    return np.memmap(file, np.uint8, 'r+', shape=shape)
+    size = int(np.prod(shape))
+    try:
+        file = tempfile.TemporaryFile()
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(file.fileno(), 0, size)      # a full disk: now
+        else: file.truncate(size)
+        return np.memmap(file, np.uint8, 'r+', shape=shape)
+    except OSError as e:
+        raise UserError(f'{tempfile.gettempdir()}, the folder for temporary files, has no room for {size/2**30:.1f} '
+                        f'GiB ({e.strerror or e}): free some space, or name another one with TMPDIR=FOLDER.') from None
 
 def class_table(
     counts: np.ndarray,  # int (K,), of the images to train on

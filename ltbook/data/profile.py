@@ -27,6 +27,7 @@ def long_tail_counts(
                         f'1, got {imbalance} (did you mean 1/{imbalance}?).')
     power = [k / (n_classes - 1) if kind == 'exp' else float(k >= n_classes // 2) for k in range(n_classes)]
     counts = np.array([int(n_max * (1 / imbalance) ** p) for p in power], dtype=np.int64)
+    if n_max >= imbalance: counts = np.maximum(counts, 1)      # 49*(1/49) is less than 1 in floating point
     if counts.min() < 1:
         kept = f'use at most {n_max:g}, the images of the largest class' if n_max >= 2 else 'leave the imbalance out'
         raise UserError(f'Imbalance {imbalance} leaves class {counts.argmin()} without images, as the largest would '

@@ -7,11 +7,13 @@ __all__ = ['COLUMNS', 'PARTS', 'read_table']
 
 # %% ../../nbs/data/0201_tables.ipynb #53d645cb
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from .checks import UserError, printable
 
 # %% ../../nbs/data/0201_tables.ipynb #7cbcec21
-# what a column may be called
+# what a column may be called, the clearest name first
 COLUMNS = dict(
     path=('path', 'file', 'filename', 'file_name', 'filepath', 'image', 'image_path'),
     label=('label', 'class', 'category', 'species', 'target', 'y'),
@@ -29,14 +31,14 @@ def read_table(
         raise UserError(f'{file} cannot be read ({getattr(e, "strerror", None) or "it is not UTF-8"}); '
                         'save it as CSV in UTF-8.') from None
     head = text.partition('\n')[0]
-    rows = csv.DictReader(text.splitlines(), delimiter=max(',;\t', key=head.count))
-    found = {k: next((c for c in rows.fieldnames or () if c.strip().lower() in names), None)
-             for k, names in COLUMNS.items()}
+    rows = csv.DictReader(text.splitlines(), delimiter=max(',;\t', key=head.count), strict=True)
+    columns = {c.strip().lower(): c for c in reversed(_told(file, rows, lambda: rows.fieldnames) or ())}
+    found = {k: next((columns[n] for n in names if n in columns), None) for k, names in COLUMNS.items()}
     for k in ('path', 'label'):
         if found[k] is None:
             raise UserError(f'{file} has no column of {"pictures" if k == "path" else "classes"}: call one {k}.')
     parts, seen = {}, {}
-    for row in rows:
+    while (row := _told(file, rows, lambda: next(rows, None))) is not None:
         where = f'{file}, line {rows.line_num}'
         path, label, part = ((row[found[k]] or '').strip() if found[k] else '' for k in COLUMNS)
         if not path or not label: raise UserError(f'{where}: a path or a label is missing; add it or remove the line.')
@@ -52,3 +54,10 @@ def read_table(
         parts.setdefault(PARTS.get(part.lower(), ''), {}).setdefault(printable(label), []).append(place)
     if not seen: raise UserError(f'{file} names no pictures; give a row for each.')
     return {part: {k: sorted(classes[k]) for k in sorted(classes)} for part, classes in parts.items()}
+
+def _told(file: Path, rows: csv.DictReader, read: Callable[[], Any]) -> Any:
+    "What `read` gives; a table that is none is a `UserError` that names the line."
+    began = rows.reader.line_num + 1
+    try: return read()
+    except csv.Error as e:
+        raise UserError(f'{file}, line {began}: {e}; is there a quotation mark that is never closed?') from None

@@ -27,7 +27,8 @@ class TimmNetwork(BodyAndHead):
             raise UserError(f'{PREFIX}{name} needs the library timm: pip install timm.') from None
         try: body = timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_channels)
         except RuntimeError as e: raise UserError(f'timm has no network {name} ({str(e)[:80]}).') from None
-        super().__init__(body, body.num_features, n_classes, head)
+        # some, as MobileNetV3, return what a hidden layer makes of their features
+        super().__init__(body, getattr(body, 'head_hidden_size', None) or body.num_features, n_classes, head)
 
     @property
     def groups(self) -> list[nn.Module]:

@@ -41,7 +41,9 @@ class Pixels:
         if self.table:
             self.low = x.mean(0) - 3*x.std(0)
             self.range = np.where(x.std(0) > 0, 6*x.std(0), 1)
-        elif not self.bytes: self.low, self.range = x.min(), (x.max() - x.min()) or 1
+        elif not self.bytes:      # in floats: int8 has no room for the difference of its own values
+            self.low = float(x.min())
+            self.range = float(x.max()) - self.low or 1.
 
     def __call__(
         self,

@@ -58,10 +58,13 @@ def lean_tangents(
         m
         for m in network.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.affine]
+    own = [vars(m).get('forward') for m in layers]      # such as the one that normalises over several processes
     for m in layers: m.forward = lambda x, m=m: _Normalize.apply(x, m.weight, m.bias, m.eps)[0]
     try: yield
     finally:
-        for m in layers: del m.forward
+        for m, forward in zip(layers, own):
+            del m.forward
+            if forward: m.forward = forward
 
 # %% ../../nbs/train/40_bilevel.ipynb #ff21d3b7
 def plain_cross_entropy(

@@ -17,7 +17,7 @@ from .compute import Compute
 from .feed import planned
 from .optimizers import light
 from .ranks import here
-from .stage import Average, KeepBest, Stage
+from .stage import Average, KeepBest, Stage, drawn_with
 
 # %% ../../nbs/train/401_captured_step.ipynb #b961b052
 class TensorSGD:
@@ -206,7 +206,7 @@ class CapturedStep:
         ("Batch, meta step, forward, loss, backward, update; from buffers to buffers, "
          "without chance and without a question to the device.")
         s = self.stage
-        batch = s.view.apply(loaded) | self.drawn | (self.numbers if numbers is None else numbers)
+        batch = drawn_with(s.view.apply(loaded), self.drawn | (self.numbers if numbers is None else numbers))
         if s.before_step: batch = s.before_step(batch, self.sgd.rate)
         self.loss.copy_(s.update(batch, self.sgd, self.compute))
 

@@ -424,8 +424,10 @@ def test_killed_and_resumed_while_captured(tmp_path, rule):
         more, _ = fit(again, Compute(capture=then), folder, say=told.append)
         assert not [t for t in told if 'from its start' in t]
         assert [r['loss'] for r in more] == pytest.approx([r['loss'] for r in rows], abs=1e-6)
+        # AdamW divides small gradients by small numbers, so that one rounding is seen
+        near = dict(rtol=0, atol=0) if first and then else dict(rtol=5e-7, atol=1e-6 if rule == 'sgd' else 1e-5)
         for a, b in zip(whole.network.state_dict().values(), again.network.state_dict().values()):
-            torch.testing.assert_close(a, b, rtol=5e-7, atol=1e-6)      # four ulps
+            torch.testing.assert_close(a, b, **near)
 
 
 def test_bad_loss_is_noticed():

@@ -88,12 +88,11 @@ class TensorAdamW:
         self,
         lr: float,  # of groups with factor 1
     ) -> None:
-        "Write the rates where the update reads them; nothing is done if they are there already."
-        if lr == self.lr: return
-        for i, g in enumerate(self.optimizer.param_groups):
-            self.rates[i].fill_(lr*g.get('lr_factor', 1.0))
-            g['lr'] = self.rates[i]
-        self.rate.fill_(lr)
+        "Write the rates where the update reads them; nothing is written if they are there already."
+        for g, rate in zip(self.optimizer.param_groups, self.rates.values()):
+            g['lr'] = rate      # the loop puts numbers there, which a recording would keep for good
+            if lr != self.lr: rate.fill_(lr*g.get('lr_factor', 1.0))
+        if lr != self.lr: self.rate.fill_(lr)
         self.lr = lr
 
     def zero_grad(self, set_to_none: bool = True) -> None:

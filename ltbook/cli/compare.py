@@ -7,6 +7,7 @@ __all__ = ['compare_', 'rm_', 'report_']
 
 # %% ../../nbs/cli/794_compare.ipynb #290ca2af
 import re, shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -44,7 +45,8 @@ def compare_(
     wanted = [*MEASURES] if measures == 'all' else [one_of(m.strip(), MEASURES, 'measure') for m in measures.split(',')]
     runs, bad = scan_runs(out)
     runs = [r for r in runs if not r.recipe.hold_out]
-    if dataset is not None and runs: one_of(dataset, sorted({r.recipe.dataset for r in runs}), 'data set with runs')
+    if dataset is not None and runs and not missing:
+        one_of(dataset, sorted({r.recipe.dataset for r in runs}), 'data set with runs')
     table = leaderboard(runs) if board else compare(runs, missing)
     for column, value in dict(dataset=dataset, imbalance=imbalance, profile=profile).items():
         if value is not None: table = table[table[column] == value]
@@ -89,6 +91,17 @@ def rm_(
     console.print(f'removed {folder}', soft_wrap=True)
 
 # %% ../../nbs/cli/794_compare.ipynb #440ce179
+def _named(words: list[str], out: Path) -> list:
+    "Runs by name or by pattern, each once. Raises `UserError` for a word that names none."
+    from ltbook.runs.folder import resolve_run, scan_runs
+    there = scan_runs(out)[0] if any(set(w) & set('*?[') for w in words) else []
+    found = {}
+    for w in words:
+        some = [r for r in there if fnmatch(r.id, w)] if set(w) & set('*?[') else [resolve_run(w, out)]
+        if not some: raise UserError(f'No run in {out} is called {w!r}; see what there is: ltbook show')
+        found |= {r.id: r for r in some}
+    return [*found.values()]
+
 @verb('report', 'Results', '', "'cifar100/*' --to results.html")
 def report_(
     runs: Annotated[Optional[list[str]], typer.Argument(help='Runs; without any, all finished ones.')] = None,
@@ -97,9 +110,9 @@ def report_(
     figures: Annotated[int, typer.Option(min=0, help='Recipes with figures, the most accurate ones.')] = 50,
     out: Out = Path('outputs')):
     "One HTML file of all results, with figures and recipes, that opens anywhere."
-    from ltbook.runs.folder import resolve_run, scan_runs
+    from ltbook.runs.folder import scan_runs
     from ltbook.studies.report import report
-    found, bad = ([resolve_run(r, out) for r in runs], {}) if runs else scan_runs(out)
+    found, bad = (_named(runs, out), {}) if runs else scan_runs(out)
     if bad and not found: raise UserError(f'No run in {out} can be reported{_unread(bad)}')
     file = report(found, to or out/'report.html', title, figures, bad.values())
     console.print(f'report    {file}  ({file.stat().st_size/1e6:.1f} MB)', soft_wrap=True)

@@ -143,7 +143,7 @@ def run_(
                             'give one of them.')
         from ltbook.cli.sweep import run_cells, seed_cells
         cells = seed_cells(seeds, words, extra)
-        run_cells(cells, data_root, device, bare=bare)
+        run_cells(cells, data_root, device, bare=bare, more=[*(['--track', track] if track else []), *['-v']*verbose])
         if quiet: print(*(c.folder for c in cells), sep='\n')
         return
     # the notebook has a default profile of its own

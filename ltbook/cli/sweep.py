@@ -6,6 +6,7 @@
 __all__ = ['run_cells', 'seed_cells', 'sweep_']
 
 # %% ../../nbs/cli/796_sweep.ipynb #3d592432
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -22,6 +23,7 @@ def run_cells(
     order: str = 'given',  # see `ltbook.studies.sweep.ORDERS`
     engine: str = 'local',  # see `ltbook.studies.engines.ENGINES`
     settings: dict | None = None,  # of the engine
+    more: Sequence[str] = (),  # words for every run
 ) -> None:
     "Run what is missing of a grid, and print what came out. Raises `RuntimeError` naming the runs that failed."
     from ltbook.runs.folder import Run, find_runs
@@ -36,13 +38,13 @@ def run_cells(
             prepare(c.recipe, c.out, data_root, device)
             looked.add(c.id.rpartition('-')[2])
     left = [c for c in cells if not c.finished]
-    if engine == 'local' and len(left) > 1 and packs.packs(device):
-        packs.pack_first(left, data_root, device, console.print)
+    if engine == 'local' and len(left) > 1 and not more and packs.packs(device):
+        packs.pack_first(left, data_root, device, console.print, jobs)
     place = engines.make_engine(engine, settings or {}, cells[0].out, len(left), device, jobs)
     if len(left) > 1: console.print(sweeps.forecast(left, estimate, place.slots), soft_wrap=True)
     root = ['--data-root', str(Path(data_root).absolute())] if data_root else []
     with ending_on_term(), sweeps.Watcher(console) as w:
-        ends = sweeps.sweep(cells, place, ['--device', device, *root, *['--bare']*bare], w.say, w.look)
+        ends = sweeps.sweep(cells, place, ['--device', device, *root, *['--bare']*bare, *more], w.say, w.look)
     one = len({c.id.rpartition('/')[0] + c.id.rpartition('-')[2] for c in cells}) == 1
     table = sweeps.seeds_table(cells) if one else sweeps.recipes_table(cells)
     console.print(fitted(table, ('Brier', 'NLL', 'many', 'medium', 'ECE (15)', 'few')))
@@ -73,11 +75,12 @@ def sweep_(
         Optional[str], typer.Argument(help='A grid file (.yaml, .toml), or a method that brings sweeps along.')] = None,
     name: Annotated[Optional[str], typer.Argument(help='Of that method\'s sweep, such as ablation.')] = None,
     method: Annotated[Optional[str], typer.Option(help='For a grid: one or several, as in mislas,sade.')] = None,
-    dataset: Annotated[str, typer.Option(help='One or several.')] = 'digits',
+    dataset: Annotated[Optional[str], typer.Option(help='One or several; default: digits.')] = None,
     imbalance: Annotated[
         Optional[str], typer.Option(help='One or several, as in 100,50; default: the usual one.')] = None,
-    profile: Annotated[str, typer.Option(help='One or several of paper, short, fast, smoke.')] = 'short',
-    seeds: Annotated[str, typer.Option(help='Of every run, e.g. 0..2 or 0,1.')] = '0',
+    profile: Annotated[
+        Optional[str], typer.Option(help='One or several of paper, short, fast, smoke; default: short.')] = None,
+    seeds: Annotated[Optional[str], typer.Option(help='Of every run, e.g. 0..2 or 0,1; default: 0.')] = None,
     changes: Annotated[
         Optional[list[str]],
         typer.Option('--set', help='key=value, in a grid also key=value,value; may be repeated.')] = None,
@@ -108,14 +111,19 @@ def sweep_(
                         'or a method and its sweep, such as difficulty_net ablation.')
     if method:
         given = dict(c.partition('=')[::2] for c in changes or [] if parse_changes([c]))
-        cells = grids.grid(method, dataset, 'null' if imbalance is None else imbalance, profile, seeds,
-                           {k.strip().replace('-', '_'): v for k, v in given.items()}, out)
-    elif Path(what).suffix: cells = grids.read_grid(what, out)
+        cells = grids.grid(method, dataset or 'digits', 'null' if imbalance is None else imbalance, profile or 'short',
+                           seeds or '0', {k.strip().replace('-', '_'): v for k, v in given.items()}, out)
+    elif Path(what).suffix:
+        apart = dict(dataset=dataset, imbalance=imbalance, profile=profile, seeds=seeds, set=changes)
+        if twice := [k for k, v in apart.items() if v]:
+            raise UserError(f'{what} says what runs: write {", ".join(twice)} into it, and leave out --{twice[0]}.')
+        cells = grids.read_grid(what, out)
     elif name is None: raise UserError(f'Name the sweep of {what}, too; or for a grid: --method {what}')
     else:
-        number = grids.many(imbalance)[0] if imbalance else None
-        cells = grids.method_grid(what, name, dataset, number, profile, out, parse_changes(changes or []),
-                                  grids.parse_seeds(seeds))
+        number = grids.many(imbalance) if imbalance else [None]
+        if len(number) > 1: raise UserError(f'The sweep {name} of {what} runs at one imbalance, got {imbalance}.')
+        cells = grids.method_grid(what, name, dataset or 'digits', number[0], profile or 'short', out,
+                                  parse_changes(changes or []), grids.parse_seeds(seeds or '0'))
     cells = grids.choose(cells, only or [])
     if dry_run:
         estimate = seconds_of(find_runs(out))

@@ -45,7 +45,7 @@ def command(
         'run',
         recipe.method,
         shlex.quote(recipe.dataset),
-        *([f'--imbalance {recipe.imbalance:g}'] if recipe.imbalance else []),
+        *([f'--imbalance {_number(recipe.imbalance)}'] if recipe.imbalance else []),
         f'--profile {recipe.profile}',
         f'--seed {recipe.seed}']
     taken = {*STAGE1_FIELDS, *get_method(recipe.method).stage1_settings} - {'loss'} if recipe.start else {'seed'}
@@ -54,6 +54,10 @@ def command(
         for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
     own = [f'--import {shlex.quote(m)}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
     return ' '.join(words + ([f'--from {shlex.quote("outputs/" + recipe.start)}'] if recipe.start else []) + own)
+
+def _number(v: float) -> str:
+    "A number as short as it can be read back."
+    return f'{v:g}' if float(f'{v:g}') == v else repr(v)
 
 def plain_recipe(
     r: Recipe,  # any recipe

@@ -10,13 +10,14 @@ import json, tempfile
 from pathlib import Path
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load
 import ltbook
 from ..data.checks import UserError, printable
 from ..data.images import ImageData
 from ..data.profile import LongTail
 from ..data.stores import ImageSet
-from ..methods.method import Context, get_method
+from ..methods.method import Context, get_method, methods
 from ..methods.recipe import Recipe
 from .classifier import Classifier, trained_classifier
 from .environment import command
@@ -40,7 +41,13 @@ def from_export(
     except (UserError, OSError): config = {}
     if config.get('format') != 'ltbook-1':
         raise UserError(f'{folder} is no export of ltbook; make one with: ltbook export RUN {folder}')
-    r = Recipe.model_validate(config['recipe'])
+    if (name := config['recipe'].get('method')) not in methods():
+        raise UserError(f'{folder} holds a network of the method {name}, which is defined elsewhere: add --import with '
+                        'its notebook or module.')
+    try: r = Recipe.model_validate(config['recipe'])
+    except ValidationError:
+        raise UserError(f'{folder} was written by ltbook {config.get("ltbook")}, and its recipe cannot be read by '
+                        f'{ltbook.__version__}, which is this: install that version.') from None
     parts = {name: _hollow(counts, config) for name, counts in config['parts'].items()}
     tail = LongTail(np.arange(sum(config['counts'])), np.asarray(config['counts']), None, 'all', r.data_seed)
     context = Context(r, ImageData(r.dataset, parts['train'], parts['test'], 0, False, None, 'an export'), parts, tail)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 import h5py, numpy as np, pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import ltbook
 from ..data.checks import UserError
 from ..data.hdf5 import file_bytes, mapped
 from ..data.html import Picture, html_table
@@ -186,7 +187,10 @@ def load_run(
     try:
         recipe, metrics, env, done = (read_json(path/f'{n}.json') for n in ('recipe', 'metrics', 'env', 'done'))
         _known(recipe['method'])
-        run = Run(path, Recipe(**recipe), metrics, env)
+        try: run = Run(path, Recipe(**recipe), metrics, env)
+        except ValidationError as e:      # its hash was right
+            raise UserError(f'it was written by ltbook {env.get("ltbook")}, and this is {ltbook.__version__}: '
+                            f'{_reason(e)}') from None
         if done.get('run', run.id) != run.id:
             raise Damaged(f'its recipe is not that of {done["run"]}')
         _shaped(metrics, env)

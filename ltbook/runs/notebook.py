@@ -65,8 +65,10 @@ def recipe_of(
     given = {k: words[k] for k in WORDS[1:7] if words.get(k) not in (None, '')}
     words_only = sorted(set(extra) & {*WORDS, 'source'} - {'seed', 'epochs', 'precision'})
     if words_only:
+        if 'source' in words_only: raise UserError('source: this is written by the program, leave it out.')
+        how = dict(method='the first one', dataset='the second one', start='--from')
         raise UserError(f'{", ".join(words_only)}: give this as a word of its own '
-                        f'(--{words_only[0].replace("_", "-")}), not with --set.')
+                        f'({how.get(words_only[0], "--" + words_only[0].replace("_", "-"))}), not with --set.')
     twice = [k for k in extra if k in given and given[k] not in (extra[k], DEFAULTS.get(k))]
     if twice: raise UserError(f'{", ".join(twice)} was given twice, with different values.')
     if words.get('start'):

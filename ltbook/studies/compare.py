@@ -44,10 +44,15 @@ def verdict(
 def seeds_together(
     runs: Iterable[Run],  # in any order
 ) -> list[list[Run]]:  # those of one recipe in one list, in the order in which recipes first appear
-    "Runs that differ in nothing but the seed."
-    groups: dict[tuple, list[Run]] = {}
-    for r in runs: groups.setdefault((r.recipe.dataset, r.recipe.method, recipe_hash(r.recipe)), []).append(r)
-    return [*groups.values()]
+    "Runs that differ in nothing but the seed: those of other data that had the same name stay apart."
+    groups: dict[tuple, list[list[Run]]] = {}
+    for r in {r.id: r for r in runs}.values():      # the same run twice is no second seed
+        alike = groups.setdefault((r.recipe.dataset, r.recipe.method, recipe_hash(r.recipe)), [])
+        # older runs did not record their data
+        mine = next((g for g in alike if all(not q.data or not r.data or q.data == r.data for q in g)), None)
+        if mine is None: alike.append(mine := [])
+        mine.append(r)
+    return [g for alike in groups.values() for g in alike]
 
 def own_changes(
     r: Recipe,  # any recipe
@@ -65,9 +70,10 @@ def compare(
     missing: bool = True,  # also printed numbers of methods of which there is no run
 ) -> pd.DataFrame:  # a row a recipe, stage, measure and printed number, with `COLUMNS`; percent
     "Printed and measured numbers. `sd` is that of the seeds, NaN for a single one."
-    rows = []
+    rows, have = [], set()
     for same in seeds_together(runs):
         beside, first = beside_the_paper(same[0]), same[0].recipe
+        have.add((first.method, first.dataset, first.imbalance))
         if beside.empty: continue
         own = own_changes(first)
         shape = 'changed' if own_changes(first, FREE) else first.profile      # precision doesn't make another recipe
@@ -83,7 +89,7 @@ def compare(
                 seeds=len(values), difference=d, band=width,
                 verdict=verdict(d, width, row.measure, row.differs, shape), differs=row.differs,
                 runs=' '.join(r.id for r in same), source=row.source))
-    if missing: rows += _missing({(r['method'], r['dataset'], r['imbalance']) for r in rows})
+    if missing: rows += _missing(have)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 def _missing(have: set) -> list[dict]:

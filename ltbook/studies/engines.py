@@ -6,11 +6,12 @@
 __all__ = ['ENGINES', 'Engine', 'run_cell', 'side_by_side', 'Local', 'make_engine']
 
 # %% ../../nbs/studies/682_engines.ipynb #cc43c7b2
-import inspect, queue, sys, time
+import inspect, os, queue, sys, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 from ..data.checks import UserError, cores, one_of
+from ..methods.spelling import spelt
 from ..runs.keeping import busy
 from ..train.compute import find_device
 from ..train.processes import end, start
@@ -53,7 +54,7 @@ def side_by_side(
         jobs = max(1, min(n, jobs or cores()))
         return jobs, max(1, cores()//jobs), 0
     import torch
-    cards = torch.cuda.device_count() if where.type == 'cuda' and where.index is None else 0
+    cards = torch.cuda.device_count() if where.type == 'cuda' and ':' not in str(device) else 0
     return max(1, min(n, jobs or max(1, cards))), None, cards
 
 class Local:
@@ -67,7 +68,9 @@ class Local:
         self.slots, self.threads = slots, threads
         self.pool, self.live = ThreadPoolExecutor(slots), set()
         self.places = queue.SimpleQueue()
-        for i in range(slots): self.places.put({'CUDA_VISIBLE_DEVICES': str(i % cards)} if cards else {})
+        seen = os.environ.get('CUDA_VISIBLE_DEVICES')      # others' cards stay theirs
+        names = (seen.split(',') if seen else [*map(str, range(cards))])[:cards]
+        for i in range(slots): self.places.put({'CUDA_VISIBLE_DEVICES': names[i % len(names)]} if names else {})
 
     def submit(self, words: list[str], log: Path) -> Future:
         "Start a cell, `words` after `ltbook`, as soon as a place is free; what it prints goes to `log`."
@@ -105,9 +108,10 @@ def make_engine(
     if jobs: raise UserError(f'--jobs is for this machine; the engine {name} takes --engine-set cpus=2 and the like.')
     if name == 'ray': from ltbook.studies.on_ray import Ray as make
     else: from ltbook.studies.on_slurm import Slurm as make
-    known = {k: p.default for k, p in inspect.signature(make).parameters.items() if k != 'out'}
+    known, read = {k: p for k, p in inspect.signature(make).parameters.items() if k != 'out'}, {}
     for k, v in settings.items():
-        kind = type(known[one_of(k, tuple(known), f'setting of the engine {name}')])
-        if kind is not str and (isinstance(v, bool) or not isinstance(v, (int, kind)) or v < 0):
-            raise UserError(f'{k} of the engine {name} is a number, got {v!r}.')
-    return make(out, **settings)
+        kind = known[one_of(k, tuple(known), f'setting of the engine {name}')].annotation
+        read[k] = v = spelt(v, kind)
+        if kind in (int, float) and (isinstance(v, bool) or not isinstance(v, (int, kind)) or v < 0):
+            raise UserError(f'{k} of the engine {name} is a {"whole "*(kind is int)}number, got {v!r}.')
+    return make(out, **read)

@@ -47,22 +47,20 @@ def pack_first(
     cells: list[Cell],  # of a grid
     root: str | Path | None = None,  # of the data, see `data_root`
     device: str = 'auto',  # see `find_device`
-    say: Callable[[str], None] = print,  # told of every epoch
+    say: Callable[[str], None] = print,  # told of every epoch, and what failed
+    most: int | None = None,  # seeds at once; None: all of a recipe
 ) -> None:
-    "Train those of several seeds in packs. Raises `RuntimeError` if all seeds of a pack fail."
+    "Train those of several seeds in packs. What fails is said, and left to whoever trains the cells one by one."
     groups: dict[str, list[Cell]] = {}
     for c in cells:
         if not c.finished and c.changes.get('capture', True): groups.setdefault(c.id.rpartition('-')[2], []).append(c)
-    for group in groups.values():
+    for group in (g[i:i + (most or len(g))] for g in groups.values() for i in range(0, len(g), most or len(g))):
         if len(group) == 1: continue
         told = lambda s, row: say(f'seed {s}  {row["stage"]}  epoch {row["epoch"] + 1}  loss {row["loss"]:.3f}')
         ends = run_packed({c.recipe.seed: c.recipe for c in group}, group[0].out, root, device, told)
         wrong = {s: e for s, e in ends.items() if isinstance(e, BaseException)}
-        for s, e in wrong.items(): say(f'seed {s} left the pack: {e!r}')
-        apart = ' With --set capture=false they train apart.' if any(
-            'the pack was stopped' in str(e) for e in wrong.values()) else ''
-        if len(wrong) == len(group):
-            raise RuntimeError(f'All seeds failed, the first one with {next(iter(wrong.values()))!r}. '
-                               f'The same command goes on with them.{apart}')
+        for s, e in wrong.items():
+            if not isinstance(e, Exception): raise e      # somebody stopped it
+            say(f'{group[0].recipe.method}, seed {s} left the pack and is tried alone: {e!r}')
         import torch
         gc.collect(); torch.cuda.empty_cache()      # memory for what comes

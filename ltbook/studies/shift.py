@@ -26,7 +26,7 @@ from ..runs.run import make_context
 from .answers import KeptBack, answers, score
 from ..train.feed import feed
 from ..train.compute import Compute
-from ..train.files import checked, write_atomic, write_json, write_rows
+from ..train.files import checked, remove_listed, write_atomic, write_json, write_rows
 
 # %% ../../nbs/studies/67_shift.ipynb #1a784ec0
 def make_shifts(
@@ -147,9 +147,9 @@ def _learn(s: Shift, pairs: list, seed: int):
 def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, settings: dict) -> None:
     "Table, weights and shifts; the settings last."
     folder.mkdir(exist_ok=True)
-    (folder/'settings.json').unlink(missing_ok=True)      # what stands there without it is not a result
+    remove_listed(folder/'settings.json')      # what stands there without it is not a result
     write_rows(folder/'accuracy.csv', rows)
-    (folder/'weights.csv').unlink(missing_ok=True)
+    for name in ('weights.csv', 'shift.png'): remove_listed(folder/name)      # of another table
     if learned:
         write_rows(
             folder/'weights.csv',

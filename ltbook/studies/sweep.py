@@ -89,7 +89,11 @@ def sweep(
             for key, (c, job, began) in list(live.items()):
                 if not job.done(): continue
                 del live[key]
-                code, took = job.result(), time.monotonic() - began
+                try: code, took = job.result(), time.monotonic() - began
+                except OSError as e:      # its process cannot be started there
+                    ends[key] = f'failed: {e.strerror or e} ({e.filename})'
+                    say(f'{key} {ends[key]}')
+                    continue
                 if not code and c.finished: ends[key] = 'run'
                 elif code is not None and code < 0 and seen[key] < tries: waiting.append(c)
                 else: ends[key] = f'failed with exit code {code}, see {c.folder/"run.log"}'

@@ -5,19 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from ltbook.cli.main import app
 from ltbook.data.checks import UserError
+from ltbook.data.shift import PROTOCOLS
+from ltbook.data.stores import ImageSet
+from ltbook.data.views import FixedViews, RandomViews
 from ltbook.methods.recipe import recipe, recipe_hash
 from ltbook.runs.environment import command
 from ltbook.runs.export import export, from_export
 from ltbook.runs.folder import Run, load_run, verify_run
 from ltbook.runs.published import beside_the_paper, printed_for
 from ltbook.runs.run import run
-from ltbook.studies import engines, packs, sweep as sweeps
+from ltbook.studies import engines, packs, shift as shifts, sweep as sweeps
 from ltbook.studies.compare import compare, seeds_together
 from ltbook.studies.grid import grid
 from ltbook.studies.shift import cli_shift
@@ -42,6 +46,40 @@ def test_what_a_shift_leaves_behind_is_what_it_was_asked_for(out):
     cli_shift(place, draws=0, adapt=False)
     assert not {'weights.csv', 'shift.png'} & {f.name for f in (place/'shift').iterdir()}
     assert not verify_run(place)[0]
+
+
+def test_experts_adapt_to_images_as_the_network_knows_them(tmp_path, monkeypatch):
+    place, made = run(recipe('sade', 'digits', profile='smoke', pad=2, flip=True), tmp_path, device='cpu'), []
+    class Watched(RandomViews):
+        def __init__(self, *given): super().__init__(*given); made.append(given[1:])
+    monkeypatch.setattr(shifts, 'RandomViews', Watched)
+    shifts.shift(place, draws=0, only=['uniform'], device='cpu')
+    assert made == [(2, True, .2, None, None)]
+
+
+@pytest.mark.parametrize('scale', [None, (.2, 1.)])
+def test_views_have_the_side_of_the_network(scale):
+    pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    data = ImageSet(pixels, torch.arange(6) % 2, ('a', 'b'))
+    views = RandomViews(data, 0, True, side=24, scale=scale)
+    fixed = FixedViews(views, np.random.default_rng(0))
+    all_, some = fixed(np.arange(6))['x'], fixed(np.array([4, 1]))['x']
+    assert all_.shape == (6, 3, 24, 24) and torch.equal(all_[[4, 1]], some)
+    if scale is None:      # without chance about colours a view is a window of its image, or of its mirror image
+        drawn = views.draw(6, np.random.default_rng(0))
+        assert drawn['offset'].max() <= 8 and len(drawn['offset'].unique()) > 3
+
+
+def test_large_sets_are_shifted_as_in_their_papers():
+    tested, train = np.repeat(np.arange(10), 3), np.arange(10, 0, -1)
+    a = shifts.make_shifts(tested, train, draws=4, protocol=PROTOCOLS['inaturalist2018'])
+    assert [s.name for s in a[:5]] == ['forward-3', 'forward-2', 'uniform', 'backward-2', 'backward-3']
+    assert {s.ratio for s in a if s.setting == 'B'} == {1., 3.}
+    drawn = np.stack([s.q for s in a if s.component == 'uniform' and s.setting == 'B'])
+    assert abs(drawn - .1).max() < .01, 'a concentration of a hundred thousand'
+    kept = [int(s.counts.min()) for s in shifts.make_shifts(
+        tested, train, (100., ), 20, protocol=replace(PROTOCOLS['inaturalist2018'], concentration=1.))]
+    assert 0 in kept[3:], 'a class may have no image'
 
 
 def test_cards_are_shared_out(monkeypatch):

@@ -34,10 +34,10 @@ def shift_(
     device: Device = 'auto'):
     "Test a run under label shift: long-tailed, uniform and inversely long-tailed test sets."
     from ltbook.runs.folder import resolve_run
-    from ltbook.studies.shift import RATIOS, cli_shift
+    from ltbook.studies.shift import cli_shift
 
     try:
-        wanted = tuple(float(r) for r in ratios.split(',')) if ratios else RATIOS
+        wanted = tuple(float(r) for r in ratios.split(',')) if ratios else None
     except ValueError:
         raise UserError(
             f'--ratios takes numbers separated by commas, got {ratios!r}. For example: --ratios 50,10,2') from None

@@ -240,9 +240,12 @@ class RandomViews(View):
         pad: int,  # crop padding, pixels
         flip: bool,  # mirror half of the images?
         p_blur: float = 0.2,  # share of the images that are blurred; 0.5 on larger images
+        side: int | None = None,  # of the squares a network sees, pixels; None is that of the images
+        scale: tuple[float, float] | None = None,  # parts of the area that are resized to them; None: none is resized
     ):
         super().__init__(data)
-        self.pad, self.flip, self.p_blur = pad, flip, p_blur
+        self.pad, self.flip, self.p_blur, self.scale = pad, flip, p_blur, scale
+        self.shape = (side, side) if side else data.shape[:2]
 
     def draw(
         self,
@@ -251,8 +254,12 @@ class RandomViews(View):
     ) -> dict[str, Tensor]:  # name -> (n, ...) on the CPU
         "Everything random about one view of each of `n` images."
         lows, highs = [.6, .6, .6, -.1], [1.4, 1.4, 1.4, .1]
-        drawn = dict(
-            offset=rng.integers(2*self.pad + 1, size=(n, 2)),
+        if self.scale:
+            where = dict(rectangles=place_crops(draw_numbers(n, rng, self.scale), self.data.shape[:2]).T.copy())
+        else:
+            room = [2*self.pad + whole - part + 1 for whole, part in zip(self.data.shape, self.shape)]
+            where = dict(offset=rng.integers(room[0] if room[0] == room[1] else room, size=(n, 2)))
+        drawn = where | dict(
             flip=(rng.random(n) < .5) & self.flip,
             factors=rng.uniform(lows, highs, size=(n, 4)).astype(np.float32),
             order=rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1),
@@ -270,8 +277,9 @@ class RandomViews(View):
         "Carry a plan out."
         d, pixels = loaded, loaded['pixels']
         each = torch.arange(len(pixels), device=pixels.device)
-        padded = pad_images(pixels, self.pad)
-        x = crop_flip(padded, each, *d['offset'].unbind(1), d['flip'], pixels.shape[1:3]).float()/255
+        if self.scale: x = resized_crops(pixels, d['rectangles'].T, d['flip'], self.shape[0])
+        else: x = crop_flip(pad_images(pixels, self.pad), each, *d['offset'].unbind(1), d['flip'], self.shape)
+        x = x.float()/255
         for step in range(4):
             for k, f in enumerate(JITTERS.values()):
                 i = ((d['order'][:, step] == k) & d['jitter']).nonzero()[:, 0]

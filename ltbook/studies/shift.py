@@ -15,7 +15,8 @@ from torch import Tensor
 from ..data.checks import UserError, one_of
 from ..data.hdf5 import creating
 from ..data.profile import shot_groups
-from ..data.shift import COMPONENTS, RATIOS, Shift, dirichlet_shift, ratio_shifts, reference_shifts
+from ..data.shift import (
+    COMPONENTS, PROTOCOLS, Shift, ShiftProtocol, dirichlet_shift, ratio_shifts, reference_shifts)
 from ..data.views import FixedViews, RandomViews
 from ..measure.aggregation import learn_weights
 from ..measure.label_shift import estimate_power
@@ -32,17 +33,19 @@ from ..train.files import checked, remove_listed, write_atomic, write_json, writ
 def make_shifts(
     labels: np.ndarray,  # (n,) of the test set
     train_counts: np.ndarray,  # (C,)
-    ratios: Sequence[float] = RATIOS,  # of setting A; the largest is also that of setting B
+    ratios: Sequence[float] | None = None,  # of setting A; the largest is also that of setting B; None: the protocol's
     draws: int = 10,  # of each component of setting B; published code draws 3
     seed: int = 0,  # of the choice of images and the draws
-    # setting B as the published code draws it, to the bit: 3 draws, adapting to other images than are tested
+    # setting B as the published code draws it on CIFAR, to the bit: 3 draws, adapting to other images than are tested
     reference_rng: bool = False,
+    protocol: ShiftProtocol = ShiftProtocol(),  # of the data set
 ) -> list[Shift]:  # setting A in the order of a figure, then setting B
     "All shifted test sets. Raises `UserError` for a ratio below 1 or a class without test images."
+    if ratios is None: ratios = protocol.ratios
     a, largest = ratio_shifts(labels, train_counts, ratios, seed), max(ratios, default=1.)
     if reference_rng: return a + reference_shifts(labels, train_counts, int(np.max(train_counts)), largest)
     return a + [
-        dirichlet_shift(labels, train_counts, c, d, largest, seed=seed)
+        dirichlet_shift(labels, train_counts, c, d, largest, protocol.concentration, seed, smallest=protocol.smallest)
         for c in COMPONENTS
         for d in range(draws)]
 
@@ -57,6 +60,7 @@ def view_logits(
     device: str = 'auto',  # see `find_device`
     precision: str = 'fp32',  # fp32, or bf16 for the forward passes
     report: Callable[[int, int], None] | None = None,  # called with (pairs done, pairs in all)
+    protocol: ShiftProtocol = ShiftProtocol(),  # of the data set
 ) -> list[tuple[Tensor, Tensor]]:  # for each epoch two views: logits (n, K, C), zero where not needed
     ("Experts' logits on random views of test images. Raises `UserError` when the "
      "weights are missing or the data are not those of the run.")
@@ -67,11 +71,12 @@ def view_logits(
             f'Make them again with: {run.again}; or ask without adapting.')
     context = make_context(run.recipe, root, device)
     network = next(s.network for name, s in trained_stages(run, context) if name == stage).eval()
-    data, info = context.parts['test'], context.info
+    data, a = context.parts['test'], context.view('test').augmentation      # of what the network was trained on
     if not np.array_equal(data.labels.cpu().numpy(), run.predictions['labels']):
         raise UserError(
             f'The test set of {run.recipe.dataset} has changed since the run {run.id} was made: run it again.')
-    views, pairs = RandomViews(data, info.pad, info.flip), []
+    scale = protocol.scale if a.crop == 'resized' else None
+    views, pairs = RandomViews(data, a.pad, a.flip, protocol.p_blur, a.side, scale), []
     compute = Compute(context.compute.device, precision)
     for epoch in range(epochs):
         sides = []
@@ -92,7 +97,8 @@ def view_logits(
 def shift(
     path: str | Path,  # folder of a finished run
     root: str | Path | None = None,  # of the data, see `data_root`; only to adapt
-    ratios: Sequence[float] = RATIOS,  # of setting A, each >= 1; the largest is also that of setting B
+    # of setting A, each >= 1; the largest is also that of setting B; None: those of the data set
+    ratios: Sequence[float] | None = None,
     draws: int = 10,  # of each component of setting B
     seed: int = 0,  # of images, draws, views and order
     adapt: bool = True,  # learn the weights of experts, if the run has any
@@ -106,10 +112,14 @@ def shift(
     ("Test a finished run under label shift and write the table into its folder. Raises "
      "`UserError` for a run without logits, and for what can't be shifted.")
     run = load_run(path)
+    protocol = PROTOCOLS.get(run.recipe.dataset, ShiftProtocol())
+    if ratios is None: ratios = protocol.ratios
     p, stage, name = run.predictions, run.metrics['final']['stage'], f'{run.metrics["final"]["stage"]}/experts'
     logits, labels, counts = (torch.as_tensor(p[k]) for k in ('logits', 'labels', 'train_counts'))
     experts, groups = torch.as_tensor(p[name]) if name in p else None, shot_groups(counts, run.recipe.shot_rule)
-    shifts = make_shifts(labels.numpy(), counts.numpy(), ratios, draws, seed, reference_rng)
+    if reference_rng and run.recipe.dataset in PROTOCOLS:
+        raise UserError(f'The published draws are those of CIFAR; {run.recipe.dataset} is tested without --reference.')
+    shifts = make_shifts(labels.numpy(), counts.numpy(), ratios, draws, seed, reference_rng, protocol)
     if only is not None:
         shifts = [s for s in shifts if s.name in {one_of(o, [s.name for s in shifts], 'shift') for o in only}]
     learned, rows, began, kept = {}, [], time.perf_counter(), KeptBack.of(p, stage)
@@ -122,8 +132,9 @@ def shift(
             seed=seed,
             device=device,
             precision=precision,
-            report=report)
-        learned = {s.name: _learn(s, pairs, seed) for s in shifts}
+            report=report,
+            protocol=protocol)
+        learned = {s.name: _learn(s, pairs, seed, protocol) for s in shifts}
     seconds = round(time.perf_counter() - began, 1)
     for s in shifts:
         about = dict(shift=s.name, setting=s.setting, component=s.component, ratio=s.ratio, draw=s.draw, n=len(s))
@@ -138,11 +149,12 @@ def shift(
     with owned(run.path): _write(folder, shifts, rows, learned, settings)
     return pd.DataFrame(rows)
 
-def _learn(s: Shift, pairs: list, seed: int):
+def _learn(s: Shift, pairs: list, seed: int, how: ShiftProtocol):
     "Weights for one shift from the cached answers; its generator belongs to its name."
     return learn_weights(
         [(a[s.adapt_indices], b[s.adapt_indices]) for a, b in pairs],
-        np.random.default_rng([seed, zlib.crc32(s.name.encode())]))
+        np.random.default_rng([seed, zlib.crc32(s.name.encode())]),
+        how.lr, weight_decay=how.weight_decay, batch_size=how.batch_size, entropy=how.entropy)
 
 def _write(folder: Path, shifts: list[Shift], rows: list[dict], learned: dict, settings: dict) -> None:
     "Table, weights and shifts; the settings last."
@@ -223,7 +235,7 @@ def collect_shifts(
 def cli_shift(
     path: str | Path,  # folder of a finished run
     root: str | Path | None = None,  # of the data
-    ratios: Sequence[float] = RATIOS,  # of setting A
+    ratios: Sequence[float] | None = None,  # of setting A; None: those of the data set
     draws: int = 10,  # of each component of setting B
     seed: int = 0,  # of images, draws, views and order
     adapt: bool = True,  # learn the weights of experts

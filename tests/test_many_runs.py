@@ -15,11 +15,12 @@ from ltbook.data.checks import UserError
 from ltbook.data.shift import PROTOCOLS
 from ltbook.data.stores import ImageSet
 from ltbook.data.views import FixedViews, RandomViews
+from ltbook.methods.class_balanced_experts import expert_classes
 from ltbook.methods.recipe import recipe, recipe_hash
 from ltbook.runs.environment import command
 from ltbook.runs.export import export, from_export
 from ltbook.runs.folder import Run, load_run, verify_run
-from ltbook.runs.published import beside_the_paper, printed_for
+from ltbook.runs.published import beside_the_paper, differs, printed_for
 from ltbook.runs.run import run
 from ltbook.studies import engines, packs, shift as shifts, sweep as sweeps
 from ltbook.studies.compare import compare, seeds_together
@@ -138,6 +139,20 @@ def test_large_sets_stand_beside_what_was_printed(out, method, dataset, stage, t
     assert 'not run' not in set(table[(table.method == method) & (table.dataset == dataset)].verdict)
     other = replace(made, recipe=r.model_copy(update=dict(backbone='resnet10')))
     assert method == 'difficulty_net' or beside_the_paper(other).empty, 'printed for another network'
+
+
+def test_weights_to_begin_with_make_no_other_recipe():
+    "Places-LT begins with a file of weights of ImageNet, whatever it is called"
+    for method in ('mislas', 'difficulty_net', 'class_balanced_experts'):
+        r = recipe(method, 'places_lt', profile='paper', init='mine.pth')
+        assert differs(Run(Path('.'), r, {}, {}), 'stage2') == ''
+    r = recipe('mislas', 'imagenet_lt', profile='paper', init='mine.pth')
+    assert 'init mine.pth' in differs(Run(Path('.'), r, {}, {}), 'stage2')
+
+
+def test_equal_counts_make_three_experts():
+    r = recipe('class_balanced_experts', 'cifar100', 1, 'paper')
+    assert [len(k) for k in expert_classes(r, np.full(100, 500))] == [34, 33, 33]
 
 
 def test_seeds_of_other_data_stay_apart_and_a_run_is_one_seed():

@@ -69,7 +69,8 @@ def expert_classes(
     splits = class_splits(counts, s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
     if len(splits) > 3: raise UserError(
         f'A run has up to three experts, not {len(splits)}: use fewer lists of classes, or --set n_experts=3.')
-    if s.splits == 'thresholds': return [splits.get(k) for k in ('many', 'medium', 'few')]
+    if s.splits == 'thresholds' and splits.keys() <= {'many', 'medium', 'few'}:      # and not equal counts
+        return [splits.get(k) for k in ('many', 'medium', 'few')]
     return [*splits.values(), None][:3]
 
 def experts_split(
@@ -281,7 +282,7 @@ _large = dict(
 RECIPES = (      # published settings, and shorter ones
     Published('imagenet_lt', None, dict(_large, backbone='resnet10'), _code),
     Published('places_lt', None, dict(
-        _large, backbone='resnet152', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
+        _large, backbone='resnet152', init='resnet152.pth', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
         ratios=(16, 8, 8), learnable=(-1, 3, 3), generalist_schedule='tens', expert_epochs=(100, 100, 100),
         expert_schedules=('tens', 'tens', 'tens')), _code),
     *(Published('cifar100', i, {}, _ours, False) for i in (200, 100, 50)),

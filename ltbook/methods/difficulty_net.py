@@ -214,7 +214,7 @@ RECIPES = (
     _large('imagenet_lt', 180, 0.05, 'cosine', 1024, 5e-4, 'resnet50',
            rand_augment=2, rand_magnitude=30,      # theirs is 10 of 10, and varies a little
            nesterov=True, loss='balanced_softmax', smooth_head=0.3, smooth_tail=0.0, stage2_epochs=10),
-    _large('places_lt', 30, 0.01, 'step', 512, 5e-4, 'resnet152', warmup=0., drops=(9/30, 19/30),
+    _large('places_lt', 30, 0.01, 'step', 512, 5e-4, 'resnet152', init='resnet152.pth', warmup=0., drops=(9/30, 19/30),
            smooth_head=0.4, smooth_tail=0.1, stage2_epochs=20, stage2_lr=0.1),
 )
 difficulty_net = register(Method(

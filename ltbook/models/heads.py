@@ -75,7 +75,8 @@ class BodyAndHead(nn.Module):
     ):
         super().__init__()
         self.body, self.n_features = body, n_features
-        self.head = HEADS[one_of(head, HEADS, 'head')](n_features, n_classes) if n_classes else nn.Identity()
+        kinds = HEADS | dict(linear=nn.Linear)      # as PyTorch draws it
+        self.head = kinds[one_of(head, HEADS, 'head')](n_features, n_classes) if n_classes else nn.Identity()
 
     def features(self, x: Tensor) -> Tensor:
         "Pooled features (B, n_features) of images `x` (B, C, H, W)."

@@ -12,6 +12,7 @@ import pandas as pd
 import ltbook
 from ..methods.method import get_method
 from ..methods.recipe import STAGE1_FIELDS, UNHASHED, changed, flat, published_row, recipe
+from ..models.backbones import FROZEN
 from .folder import Run
 
 # %% ../../nbs/runs/60_published.ipynb #21c13151
@@ -69,6 +70,7 @@ def differs(
     if not published_row(m, r.dataset, r.imbalance).printed: return 'settings of ltbook, as none were published'
     usual = recipe(r.method, r.dataset, r.imbalance, 'paper')
     other = changed(r, usual, FREE)
+    if r.init and (usual.init or usual.backbone in FROZEN): other.pop('init', None)      # any file will do
     if stage == 'stage1': other = {k: v for k, v in other.items() if k in (*STAGE1_FIELDS, *m.stage1_settings)}
     def said(v): return f'{v:g}' if type(v) is float else str(v)
     return ', '.join(f'{k} {said(v)} instead of {said(flat(usual)[k])}' for k, v in other.items())

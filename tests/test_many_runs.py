@@ -14,7 +14,7 @@ from ltbook.cli.main import app
 from ltbook.data.checks import UserError
 from ltbook.data.shift import PROTOCOLS
 from ltbook.data.stores import ImageSet
-from ltbook.data.views import FixedViews, RandomViews
+from ltbook.data.random_views import FixedViews, RandomViews
 from ltbook.methods.class_balanced_experts import expert_classes
 from ltbook.methods.recipe import recipe, recipe_hash
 from ltbook.runs.environment import command

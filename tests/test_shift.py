@@ -12,7 +12,7 @@ from ltbook.data.checks import UserError
 from ltbook.data.shift import RATIOS, dirichlet_shift, ratio_shift, ratio_shifts, reference_shifts
 from ltbook.data.stores import ImageSet
 from ltbook.data.augment import JITTERS, blur, grey
-from ltbook.data.views import FixedViews, RandomViews
+from ltbook.data.random_views import FixedViews, RandomViews
 from ltbook.losses.experts import sade_adjustment, skill_diverse_loss
 from ltbook.measure.aggregation import learn_weights, mix
 from ltbook.measure.label_shift import estimate_prior, replace_prior

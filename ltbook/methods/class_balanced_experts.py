@@ -282,9 +282,9 @@ _large = dict(
 RECIPES = (      # published settings, and shorter ones
     Published('imagenet_lt', None, dict(_large, backbone='resnet10'), _code),
     Published('places_lt', None, dict(
-        _large, backbone='resnet152', init='resnet152.pth', batch_size=32, lr=0.01, expert_lr=0.01, expert_batches=(32, 32, 32),
-        ratios=(16, 8, 8), learnable=(-1, 3, 3), generalist_schedule='tens', expert_epochs=(100, 100, 100),
-        expert_schedules=('tens', 'tens', 'tens')), _code),
+        _large, backbone='resnet152', init='resnet152.pth', batch_size=32, lr=0.01, expert_lr=0.01,
+        expert_batches=(32, 32, 32), ratios=(16, 8, 8), learnable=(-1, 3, 3), generalist_schedule='tens',
+        expert_epochs=(100, 100, 100), expert_schedules=('tens', 'tens', 'tens')), _code),
     *(Published('cifar100', i, {}, _ours, False) for i in (200, 100, 50)),
     *(Published('cifar10', i, dict(splits='quantile'), _ours, False) for i in (200, 100, 50, 10)),
     Published('digits', None, dict(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..data.views import RandomViews
+from ..data.random_views import RandomViews
 from .decoupling import DecouplingSettings, crt_stage2
 from .method import Context, Length, Method, Positive, Published, register, standard_network
 from .recipe import LOSS_FIELDS, Share

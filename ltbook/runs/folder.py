@@ -195,8 +195,7 @@ def load_run(
             raise Damaged(f'its recipe is not that of {done["run"]}')
         _shaped(metrics, env)
         lost = [n for n in ALWAYS if n not in done.get('files', {})] if run.data else []
-        if lost:
-            raise Damaged(f'done.json has lost the hash of {lost[0]}')
+        if lost: raise Damaged(f'done.json has lost the hash of {lost[0]}')
         return run
     except (OSError, RecursionError, KeyError, TypeError, Damaged, ValidationError) as e:
         advice = '' if 'emove the folder' in str(e) else ' Remove the folder and run it again.'

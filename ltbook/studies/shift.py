@@ -17,7 +17,7 @@ from ..data.hdf5 import creating
 from ..data.profile import shot_groups
 from ..data.shift import (
     COMPONENTS, PROTOCOLS, Shift, ShiftProtocol, dirichlet_shift, ratio_shifts, reference_shifts)
-from ..data.views import FixedViews, RandomViews
+from ..data.random_views import FixedViews, RandomViews
 from ..measure.aggregation import learn_weights
 from ..measure.label_shift import estimate_power
 from ..runs.evaluate import trained_stages

@@ -1,4 +1,4 @@
-"Numbers in README.md and outputs/README.md are those of the runs that their rows name"
+"Numbers in outputs/README.md are those of the runs that its rows name, and README.md shows some of these rows"
 import json
 import re
 import shlex
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ltbook.runs.folder import find_runs, run_id
+from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.notebook import recipe_of
+from ltbook.studies.compare import compare
 
 ROOT = Path(__file__).parent.parent
 MEASURES = {'many': 'many', 'medium': 'medium', 'few': 'few', 'all': 'top1', 'ECE': 'ece15', 'Brier': 'brier'}
@@ -18,8 +19,8 @@ def cells(line):
     return [cell.strip() for cell in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
 
 
-def tables(path):
-    "Rows of every table that has a column `runs`, as dictionaries."
+def tables(path, column='runs'):
+    "Rows of every table that has such a column, as dictionaries."
     head = None
     for line in path.read_text().splitlines():
         if not line.startswith('|'):
@@ -28,7 +29,7 @@ def tables(path):
         if head is None:
             head = cells(line)
             continue
-        if 'runs' in head and not set(line) <= set('|-: '):
+        if column in head and not set(line) <= set('|-: '):
             row = dict(zip(head, cells(line)))
             assert len(cells(line)) == len(head), line
             yield row
@@ -48,9 +49,10 @@ def shown(values):
 
 ROWS = [
     pytest.param(row, id=f"{path.parent.name}-{i}-{row[next(iter(row))]}".replace(' ', '_'))
-    for path in (ROOT/'README.md', ROOT/'outputs'/'README.md')
+    for path in (ROOT/'outputs'/'README.md', )
     for i, row in enumerate(tables(path))
 ]
+FRONT = [*tables(ROOT/'README.md', 'verdict')]
 
 
 def test_there_are_rows():
@@ -74,6 +76,26 @@ def test_row(row):
     if row.get('difference'):
         printed = float(row['printed'].split(',')[0])
         assert row['difference'] == f"{float(row['all'].split()[0]) - printed:+.1f}"
+
+
+@pytest.mark.parametrize('row', FRONT, ids=lambda row: row['method'])
+def test_the_first_page_shows_rows_of_three_seeds(row):
+    "Its numbers are those of a row of outputs/README.md, and its verdict is that of `ltbook compare`"
+    same = [r for r in tables(ROOT/'outputs'/'README.md')
+            if len({re.split('[, ]', x['method'])[0] for x in (r, row)}) == 1 and r['seeds'] == '3'
+            and all(r.get(k) == row[k] for k in ('many', 'medium', 'few', 'all', 'ECE'))]
+    assert len(same) == 1, 'no such row, or several'
+    runs, stage = [load_run(ROOT/'outputs'/r) for r in named(same[0]['runs'].strip('`'))], same[0]['stage'].strip('`')
+    assert {r.recipe.profile for r in runs} == {'fast'} and len({r.recipe.seed for r in runs}) == 3
+    table = compare(runs)
+    table = table[(table.stage == stage) & (table.measure == 'top1') & (table.seeds == 3)]
+    if not row['printed']: return table.empty or pytest.fail('a number was printed')
+    printed = float(row['printed'].split(',')[0])
+    assert [printed] == [*table.printed.round(1).unique()] and [row['verdict']] == [*table.verdict.unique()]
+    assert row['difference'] == f"{float(row['all'].split()[0]) - printed:+.1f}"
+
+
+def test_the_first_page_has_rows(): assert len(FRONT) > 6
 
 
 @pytest.mark.parametrize('finished', find_runs(ROOT/'outputs'), ids=lambda r: r.id)

@@ -190,6 +190,8 @@ def expert(
                   steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
                   weight_decay=s.expert_weight_decay, seed=r.seed, set_mode=lambda n: expert_mode(n, s.frozen_bn))
     stage.outputs = lambda: raw_logits(context, net) | dict(classes=torch.as_tensor(ids))
+    def size(network): return sum(p.numel() for p in network.parameters())
+    context.notes['parameters'] = context.notes.get('parameters', size(context.network)) + size(net)      # of all that answer
     return (keep_best(stage, context, expert_part(context.parts['val'], ids, 1, r.data_seed), s.patience)
             if s.protocol == 'V' else stage)
 

@@ -91,16 +91,20 @@ def rm_(
     console.print(f'removed {folder}', soft_wrap=True)
 
 # %% ../../nbs/cli/794_compare.ipynb #440ce179
-def _named(words: list[str], out: Path) -> list:
-    "Runs by name or by pattern, each once. Raises `UserError` for a word that names none."
+def _named(words: list[str], out: Path) -> tuple[list, dict]:
+    "Runs by name or by pattern, each once, and what can't be read. Raises `UserError` for a word that names none."
     from ltbook.runs.folder import resolve_run, scan_runs
-    there = scan_runs(out)[0] if any(set(w) & set('*?[') for w in words) else []
-    found = {}
+    def pattern(w): return set(w) & set('*?[') and not Path(w).exists()
+    there, bad = scan_runs(out) if any(map(pattern, words)) else ([], {})
+    def is_meant(folder, w): return fnmatch('/'.join(Path(folder).parts[-3:]), w)
+    found, unread = {}, {}
     for w in words:
-        some = [r for r in there if fnmatch(r.id, w)] if set(w) & set('*?[') else [resolve_run(w, out)]
-        if not some: raise UserError(f'No run in {out} is called {w!r}; see what there is: ltbook show')
+        some = [r for r in there if fnmatch(r.id, w)] if pattern(w) else [resolve_run(w, out)]
+        lost = {k: v for k, v in bad.items() if pattern(w) and is_meant(k, w)}
+        if not some and not lost: raise UserError(f'No run in {out} is called {w!r}; see what there is: ltbook show')
         found |= {r.id: r for r in some}
-    return [*found.values()]
+        unread |= lost
+    return [*found.values()], unread
 
 @verb('report', 'Results', '', "'cifar100/*' --to results.html")
 def report_(
@@ -112,7 +116,7 @@ def report_(
     "One HTML file of all results, with figures and recipes, that opens anywhere."
     from ltbook.runs.folder import scan_runs
     from ltbook.studies.report import report
-    found, bad = (_named(runs, out), {}) if runs else scan_runs(out)
+    found, bad = _named(runs, out) if runs else scan_runs(out)
     if bad and not found: raise UserError(f'No run in {out} can be reported{_unread(bad)}')
     file = report(found, to or out/'report.html', title, figures, bad.values())
     console.print(f'report    {file}  ({file.stat().st_size/1e6:.1f} MB)', soft_wrap=True)

@@ -38,7 +38,9 @@ def run_cells(
             prepare(c.recipe, c.out, data_root, device)
             looked.add(c.id.rpartition('-')[2])
     left = [c for c in cells if not c.finished]
-    if engine == 'local' and len(left) > 1 and not more and packs.packs(device):
+    # several cards are shared out; on one of them the seeds of a recipe train together
+    alone = engine == 'local' and engines.side_by_side(max(1, len(left)), device, jobs)[2] < 2
+    if alone and len(left) > 1 and not more and packs.packs(device):
         packs.pack_first(left, data_root, device, console.print, jobs)
     place = engines.make_engine(engine, settings or {}, cells[0].out, len(left), device, jobs)
     if len(left) > 1: console.print(sweeps.forecast(left, estimate, place.slots), soft_wrap=True)

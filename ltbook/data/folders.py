@@ -30,7 +30,8 @@ def class_folders(
     least: int = 2,  # classes
 ) -> dict[str, list[Path]]:  # class name -> its picture files, both sorted; a class may have none
     "The pictures of a folder. Raises `UserError` for too few class folders."
-    classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and _wanted(d)]
+    classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and _wanted(d)
+               and not folder.resolve().is_relative_to(d.resolve())]      # a link to all of it is no class
     if len(classes) < least:
         raise UserError(f'{folder} must hold at least {least} class folder{"s"*(least > 1)}, found {len(classes)}: '
                         'put the pictures of each class into a folder of its own.')

@@ -31,15 +31,17 @@ def read_table(
         raise UserError(f'{file} cannot be read ({getattr(e, "strerror", None) or "it is not UTF-8"}); '
                         'save it as CSV in UTF-8.') from None
     head = text.partition('\n')[0]
-    rows = csv.DictReader(text.splitlines(), delimiter=max(',;\t', key=head.count), strict=True)
+    rows = csv.DictReader(text.splitlines(), delimiter=max(',;\t', key=head.count))
     columns = {c.strip().lower(): c for c in reversed(_told(file, rows, lambda: rows.fieldnames) or ())}
     found = {k: next((columns[n] for n in names if n in columns), None) for k, names in COLUMNS.items()}
     for k in ('path', 'label'):
         if found[k] is None:
             raise UserError(f'{file} has no column of {"pictures" if k == "path" else "classes"}: call one {k}.')
-    parts, seen = {}, {}
+    parts, seen, read = {}, {}, rows.line_num
     while (row := _told(file, rows, lambda: next(rows, None))) is not None:
-        where = f'{file}, line {rows.line_num}'
+        where = f'{file}, line{"s"*(rows.line_num > read + 1)} {read + 1}'
+        if rows.line_num > read + 1: where += f' to {rows.line_num}'      # a quotation mark holds them together
+        read = rows.line_num
         path, label, part = ((row[found[k]] or '').strip() if found[k] else '' for k in COLUMNS)
         if not path or not label: raise UserError(f'{where}: a path or a label is missing; add it or remove the line.')
         if part and part.lower() not in PARTS:

@@ -24,7 +24,7 @@ from .fast import fast_rows
 from .method import PHOTOGRAPHS, Context, Method, Published, Settings, register
 from .stages import representation_stage
 from ..models.fusion import JointCalibration, check_logits
-from ..models.heads import HEADS
+from ..models.heads import fresh_head
 from ..train.loop import predict
 from ..train.schedule import cosine_schedule, step_schedule
 from ..train.stage import KeepBest, Stage
@@ -69,9 +69,8 @@ def expert_classes(
     splits = class_splits(counts, s.splits, s.low, s.high, s.many_inclusive, s.n_experts, s.on_empty)
     if len(splits) > 3: raise UserError(
         f'A run has up to three experts, not {len(splits)}: use fewer lists of classes, or --set n_experts=3.')
-    if s.splits == 'thresholds' and splits.keys() <= {'many', 'medium', 'few'}:      # and not equal counts
-        return [splits.get(k) for k in ('many', 'medium', 'few')]
-    return [*splits.values(), None][:3]
+    named = [splits.get(k) for k in ('many', 'medium', 'few')]      # equal counts and lists have other names
+    return named if any(ids is not None for ids in named) else [*splits.values(), None][:3]
 
 def experts_split(
     recipe,  # with imbalance, long_tail, data_seed and settings
@@ -170,7 +169,7 @@ def expert_network(
     net = copy.deepcopy(context.network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.recipe.seed + number)
-        net.head = HEADS[context.recipe.head](net.n_features, n_classes + 1).to(context.compute.device)
+        net.head = fresh_head(net, context.recipe.head, n_classes + 1).to(context.compute.device)
     return net
 
 def expert(
@@ -190,8 +189,8 @@ def expert(
                   steps=r.max_steps, momentum=r.momentum, nesterov=r.nesterov,
                   weight_decay=s.expert_weight_decay, seed=r.seed, set_mode=lambda n: expert_mode(n, s.frozen_bn))
     stage.outputs = lambda: raw_logits(context, net) | dict(classes=torch.as_tensor(ids))
-    def size(network): return sum(p.numel() for p in network.parameters())
-    context.notes['parameters'] = context.notes.get('parameters', size(context.network)) + size(net)      # of all that answer
+    sizes = [sum(p.numel() for p in n.parameters()) for n in (context.network, net)]
+    context.notes['parameters'] = context.notes.get('parameters', s.extended*sizes[0]) + sizes[1]      # all that answer
     return (keep_best(stage, context, expert_part(context.parts['val'], ids, 1, r.data_seed), s.patience)
             if s.protocol == 'V' else stage)
 

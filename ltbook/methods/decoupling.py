@@ -12,7 +12,7 @@ from .fast import fast_rows
 from .method import (
     Context, Length, Method, NonNegative, Positive, Published, Settings, register)
 from .stages import classifier_stage, representation_stage
-from ..models.heads import HEADS, ScaledHead, tau_normalized
+from ..models.heads import ScaledHead, fresh_head, tau_normalized
 from ..train.stage import Stage
 
 # %% ../../nbs/methods/54_decoupling.ipynb #a7919885
@@ -41,7 +41,7 @@ def crt_stage2(
     net, s = context.network, context.settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.recipe.seed + 1)
-        net.head = HEADS[context.recipe.head](net.n_features, context.n_classes).to(context.compute.device)
+        net.head = fresh_head(net, context.recipe.head, context.n_classes).to(context.compute.device)
     return classifier_stage(
         context,
         [dict(params=list(net.head.parameters()))],

@@ -39,8 +39,10 @@ def spelt(
     return value
 
 def _json(word: str) -> Any:
-    "A list or another structure, where the word is one."
+    "A list or another structure, where the word is one; of numbers also as `.6,.8`."
     try: return json.loads(word)
+    except ValueError: pass
+    try: return [json.loads(n) if n.lstrip('+-').isdecimal() else float(n) for n in word.strip('[]() ').split(',')]
     except ValueError: return word
 
 def wrong_values(

@@ -9,7 +9,6 @@ __all__ = ['Lot', 'recipe_loss', 'rate_of', 'representation_stage', 'averaged', 
 # %% ../../nbs/methods/51_stages.ipynb #68913bb3
 import math
 from collections.abc import Callable
-from functools import partial
 import torch
 from torch import Tensor, nn
 from ..data.checks import UserError
@@ -63,7 +62,7 @@ def rate_of(
 ) -> Callable[[int], float]:  # epoch, from 0 -> learning rate
     "The schedule of a recipe."
     shape = dict(warmup=r.warmup, drops=r.drops, factor=r.drop_factor) if r.schedule == 'step' else {}
-    return partial(SCHEDULES[r.schedule], epochs=r.epochs, lr=r.lr, **shape)
+    return lambda e: SCHEDULES[r.schedule](e, r.epochs, r.lr, **shape)
 
 def representation_stage(
     context: Context,  # network, data, recipe

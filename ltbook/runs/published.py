@@ -57,7 +57,7 @@ def _printed(paper: str, name: str, dataset: str | None, imbalance: float | None
     t = t[(t.paper == paper) & (t.method == name) & (t.dataset == dataset) & same & (t.test_distribution == 'uniform')]
     quoted, what = t.source.str.contains('quoted'), [*zip(t.split, t.metric)]
     own = {w for w, q in zip(what, quoted) if not q}      # what a paper measured itself counts before what it quotes
-    return t[[not q or w not in own for w, q in zip(what, quoted)]]
+    return t.loc[[not q or w not in own for w, q in zip(what, quoted)]]
 
 # %% ../../nbs/runs/60_published.ipynb #4fa480fd
 # what a run may have otherwise than the published row

@@ -46,12 +46,12 @@ def seeds_together(
 ) -> list[list[Run]]:  # those of one recipe in one list, in the order in which recipes first appear
     "Runs that differ in nothing but the seed: those of other data that had the same name stay apart."
     groups: dict[tuple, list[list[Run]]] = {}
-    for r in {r.id: r for r in runs}.values():      # the same run twice is no second seed
+    for r in runs:
         alike = groups.setdefault((r.recipe.dataset, r.recipe.method, recipe_hash(r.recipe)), [])
         # older runs did not record their data
         mine = next((g for g in alike if all(not q.data or not r.data or q.data == r.data for q in g)), None)
         if mine is None: alike.append(mine := [])
-        mine.append(r)
+        if all(q.id != r.id for q in mine): mine.append(r)      # the same run twice is no second seed
     return [g for alike in groups.values() for g in alike]
 
 def own_changes(
@@ -73,8 +73,8 @@ def compare(
     rows, have = [], set()
     for same in seeds_together(runs):
         beside, first = beside_the_paper(same[0]), same[0].recipe
-        have.add((first.method, first.dataset, first.imbalance))
         if beside.empty: continue
+        have.add((first.method, first.dataset, first.imbalance))
         own = own_changes(first)
         shape = 'changed' if own_changes(first, FREE) else first.profile      # precision doesn't make another recipe
         for row in beside.itertuples():

@@ -82,6 +82,7 @@ class TensorAdamW:
         self.rate = torch.zeros((), device=device)
         for g in optimizer.param_groups:
             g |= dict(lr=torch.zeros((), device=device), capturable=device.type == 'cuda', foreach=False)
+        for s in optimizer.state.values(): s['step'] = s['step'].to(device)      # counted on the CPU so far
         self.rates = {i: g['lr'] for i, g in enumerate(optimizer.param_groups)}
 
     def set_lr(

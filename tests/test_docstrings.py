@@ -21,7 +21,7 @@ OURS = {
     *('negative_log_likelihood Scaling balanced_weights calibrated measures protocol').split(),
     *('build_backbone driver_optimum expert_heads ExpertNetwork squared_distances component_densities').split(),
     *('log_likelihood read_rows row_batches latent_plane mean_and_deviation check_members').split(),
-    *('check_logits linear_head BodyAndHead random_levels').split(),
+    *('check_logits linear_head fresh_head BodyAndHead random_levels').split(),
     *('cluster_table cluster_stats imbalance_nats filter_checks FrozenResNet small_stem TimmNetwork').split(),
     *('read_weights best_prefix start_from').split()}
 PROTOCOL = {'forward', 'state_dict', 'load_state_dict', 'zero_grad'}      # of PyTorch: everybody knows what they do

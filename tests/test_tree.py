@@ -115,7 +115,7 @@ def test_from_pictures_to_results(layout, pictures, tmp_path, monkeypatch):
     runs = {}
     for method, processes in shares:
         where = ['--out', tmp_path/'runs'/str(processes)]
-        sets = [w for c in ('backbone=resnet10', 'crop=resized', 'side=64', 'flip=true', 'batch_size=64',
+        sets = [w for c in ('backbone=resnet10', 'init=none', 'crop=resized', 'side=64', 'flip=true', 'batch_size=64',
                             *METHODS[method], *VALIDATING.get((layout, method), ())) for w in ('--set', c)]
         told = done('run', method, name, '--epochs', 1, '--bare', *sets, '--processes', processes, *data, *where)
         assert 'GFLOPs an image' in told and 'images/s, as two steps went' in told

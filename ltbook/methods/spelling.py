@@ -27,10 +27,10 @@ def spelt(
 ) -> Any:  # the value of that type that is meant, else the same; not validated
     "Read a value in any usual spelling."
     kinds = _kinds(annotation)
+    if isinstance(value, str) and NoneType in kinds and value.strip().lower() in ('none', 'null', ''): return None
     if isinstance(value, str) and str not in kinds:
         word = value.strip()
         if bool in kinds and word.lower() in TRUTHS: return TRUTHS[word.lower()]
-        if NoneType in kinds and word.lower() in ('none', 'null', ''): return None
         if not kinds & {int, float, bool}: return _json(word)
         try: value = int(word) if word.lstrip('+-').isdecimal() else float(word)
         except ValueError: return value

@@ -19,7 +19,8 @@ def read_weights(
 ) -> dict[str, Tensor]:  # flat: the names of nested dictionaries are joined by dots
     "All tensors of a file. Raises `UserError` for one that is not there, is damaged, or holds anything but data."
     file = Path(file)
-    if not file.is_file(): raise UserError(f'There is no file of weights {file}; put it there.')
+    if not file.is_file(): raise UserError(
+        f'There is no file of weights {file}; put it there, or begin from nothing with --set init=none.')
     try:
         if file.suffix == '.safetensors': return load_file(file)
         return dict(_flat(torch.load(file, 'cpu', weights_only=True)))

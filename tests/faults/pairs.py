@@ -71,7 +71,8 @@ def pair(top, whole, bare=(True, True), delay=0., kill=None, how=signal.SIGKILL)
     codes = [p.wait(600) for p in (first, second)]
     if late: codes[1] = codes[1] or launch(out, True, logs[1]).wait(600)
     texts = [log.read_text() for log in logs]
-    wrong = [f'traceback in process {i + 1}' for i, t in enumerate(texts) if 'Traceback' in t]
+    wrong = [f'traceback in process {i}: {t[t.index("Traceback"):][-3000:]}'
+             for i, t in enumerate(texts, 1) if 'Traceback' in t]
     fine = {0} if kill is None else {0, -how, 128 + how}
     if codes[0] not in fine or codes[1] != 0: wrong.append(f'exit codes {codes}: {texts[1][-300:]}')
     folders = list(out.glob('*/*/*'))

@@ -94,16 +94,14 @@ def rm_(
 def _named(words: list[str], out: Path) -> tuple[list, dict]:
     "Runs by name or by pattern, each once, and what can't be read. Raises `UserError` for a word that names none."
     from ltbook.runs.folder import resolve_run, scan_runs
-    def pattern(w): return set(w) & set('*?[') and not Path(w).exists()
-    there, bad = scan_runs(out) if any(map(pattern, words)) else ([], {})
-    def is_meant(folder, w): return fnmatch('/'.join(Path(folder).parts[-3:]), w)
+    patterns = {w for w in words if set(w) & set('*?[') and not Path(w).exists()}
+    there, bad = scan_runs(out) if patterns else ([], {})
     found, unread = {}, {}
-    for w in words:
-        some = [r for r in there if fnmatch(r.id, w)] if pattern(w) else [resolve_run(w, out)]
-        lost = {k: v for k, v in bad.items() if pattern(w) and is_meant(k, w)}
+    for w in words:      # in their order
+        some = [r for r in there if fnmatch(r.id, w)] if w in patterns else [resolve_run(w, out)]
+        lost = {k: v for k, v in bad.items() if w in patterns and fnmatch('/'.join(k.parts[-3:]), w)}
         if not some and not lost: raise UserError(f'No run in {out} is called {w!r}; see what there is: ltbook show')
-        found |= {r.id: r for r in some}
-        unread |= lost
+        found, unread = found | {r.id: r for r in some}, unread | lost
     return [*found.values()], unread
 
 @verb('report', 'Results', '', "'cifar100/*' --to results.html")

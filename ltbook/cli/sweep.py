@@ -102,6 +102,7 @@ def sweep_(
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Run what is missing of a grid: inline, from a file, or one that a method brings along; the rest is left alone."
     from ltbook.runs.folder import find_runs
+    from ltbook.runs.notebook import DEFAULTS
     from ltbook.studies import grid as grids
     from ltbook.studies.engines import ENGINES, make_engine, side_by_side
     from ltbook.studies.sweep import ORDERS, forecast, ordered, seconds_of
@@ -111,12 +112,13 @@ def sweep_(
     if (what is None) == (method is None):
         raise UserError('Name what to run: --method mislas,sade for a grid, a file such as grid.yaml, '
                         'or a method and its sweep, such as difficulty_net ablation.')
+    apart = dict(dataset=dataset, imbalance=imbalance, profile=profile, seeds=seeds, set=changes)
+    dataset, profile, seeds = dataset or DEFAULTS['dataset'], profile or DEFAULTS['profile'], seeds or '0'
     if method:
         given = dict(c.partition('=')[::2] for c in changes or [] if parse_changes([c]))
-        cells = grids.grid(method, dataset or 'digits', 'null' if imbalance is None else imbalance, profile or 'short',
-                           seeds or '0', {k.strip().replace('-', '_'): v for k, v in given.items()}, out)
+        cells = grids.grid(method, dataset, 'null' if imbalance is None else imbalance, profile, seeds,
+                           {k.strip().replace('-', '_'): v for k, v in given.items()}, out)
     elif Path(what).suffix:
-        apart = dict(dataset=dataset, imbalance=imbalance, profile=profile, seeds=seeds, set=changes)
         if twice := [k for k, v in apart.items() if v]:
             raise UserError(f'{what} says what runs: write {", ".join(twice)} into it, and leave out --{twice[0]}.')
         cells = grids.read_grid(what, out)
@@ -124,8 +126,8 @@ def sweep_(
     else:
         number = grids.many(imbalance) if imbalance else [None]
         if len(number) > 1: raise UserError(f'The sweep {name} of {what} runs at one imbalance, got {imbalance}.')
-        cells = grids.method_grid(what, name, dataset or 'digits', number[0], profile or 'short', out,
-                                  parse_changes(changes or []), grids.parse_seeds(seeds or '0'))
+        cells = grids.method_grid(what, name, dataset, number[0], profile, out, parse_changes(changes or []),
+                                  grids.parse_seeds(seeds))
     cells = grids.choose(cells, only or [])
     if dry_run:
         estimate = seconds_of(find_runs(out))

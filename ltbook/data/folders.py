@@ -31,7 +31,7 @@ def class_folders(
 ) -> dict[str, list[Path]]:  # class name -> its picture files, both sorted; a class may have none
     "The pictures of a folder. Raises `UserError` for too few class folders."
     classes = [d for d in sorted(folder.iterdir()) if d.is_dir() and _wanted(d)
-               and not folder.resolve().is_relative_to(d.resolve())]      # a link to all of it is no class
+               and not _leads_up(d, folder.resolve())]      # a link to all of it is no class
     if len(classes) < least:
         raise UserError(f'{folder} must hold at least {least} class folder{"s"*(least > 1)}, found {len(classes)}: '
                         'put the pictures of each class into a folder of its own.')
@@ -42,8 +42,13 @@ def _pictures(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     above = (*above, folder.resolve())
     for p in folder.iterdir():
         if p.is_dir() and _wanted(p):
-            if not any(a.is_relative_to(p.resolve()) for a in above): yield from _pictures(p, above)
+            if not _leads_up(p, *above): yield from _pictures(p, above)
         elif is_picture(p): yield p
+
+def _leads_up(p: Path, *above: Path) -> bool:
+    "Whether a folder is, by a link, one of those above it or holds one of them."
+    real = p.resolve()
+    return any(a.is_relative_to(real) for a in above)
 
 # %% ../../nbs/data/0202_folders.ipynb #ae2570b3
 def find_parts(

@@ -90,7 +90,7 @@ def test_what_is_not_run_says_why(tmp_path, monkeypatch):
 
 def test_files(few, tmp_path, capsys):
     bench.cli_bench(.01, out=tmp_path)
-    name = bench.slug(bench.device_name())
+    name = bench.slug(bench.processor()['name'])
     assert (
         sorted(p.name for p in tmp_path.iterdir()) == [f'{name}.json', f'{name}.png']
         and (tmp_path/f'{name}.png').read_bytes()[:4] == b'\x89PNG')

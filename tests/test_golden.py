@@ -18,6 +18,7 @@ from ltbook.data.checks import UserError
 from ltbook.data.images import data_root
 from ltbook.methods.method import get_method, methods
 from ltbook.runs.classifier import trained_classifier
+from ltbook.runs.environment import processor
 from ltbook.runs.folder import load_run
 from ltbook.methods.recipe import recipe
 from ltbook.runs.run import make_context, recipe_from, run
@@ -53,18 +54,13 @@ SECOND = ['mislas', 'crt', 'lws', 'tau_norm']     # second stages on the first o
 def name(dataset, method, changes): return '-'.join([dataset, method, *(f'{k}={v}' for k, v in changes.items())])
 
 
-def processor():
+def machine():
     "What the last bit depends on."
-    info = {}
-    if Path('/proc/cpuinfo').exists():
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            key, _, value = line.partition(':')
-            info.setdefault(key.strip(), value.strip())
-    model = ' '.join(info.get(k, '?') for k in ('vendor_id', 'cpu family', 'model'))
+    found = processor()
     return dict(
         machine=platform.machine(),
-        model=model,
-        kernels=torch.backends.cpu.get_cpu_capability(),
+        model=found['model'],
+        kernels=found['kernels'],
         torch=torch.__version__)
 
 
@@ -86,7 +82,7 @@ def outcome(folder):
 
 def own_file():
     "The file that was made on a processor like this one; where there is none, the path that it would have."
-    here = processor()
+    here = machine()
     same = [f for f in sorted(GOLDEN.glob('*.json')) if json.loads(f.read_text())['made_on'] == here]
     words = (here['machine'], here['model'], here['kernels'], 'torch', here['torch'])
     return same[0] if same else GOLDEN/('-'.join(words).replace(' ', '_') + '.json')
@@ -104,7 +100,7 @@ def compare(key, found):
     if WRITE:
         runs = json.loads(own.read_text())['runs'] if own.exists() else {}
         runs = dict(sorted((runs | {key: found}).items()))
-        own.write_text(json.dumps(dict(made_on=processor(), runs=runs), indent=1) + '\n')
+        own.write_text(json.dumps(dict(made_on=machine(), runs=runs), indent=1) + '\n')
     here = json.loads(own.read_text())['runs'] if own.exists() else {}
     if key in here:
         assert found == here[key]

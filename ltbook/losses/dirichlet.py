@@ -32,16 +32,16 @@ class DirichletPool:
         draws: int,  # M, pairs a batch
         size: int,  # pairs in the pool; M times the batches of an epoch in the published code
         seed: int = 0,  # of pool and order
-        fresh: bool = False,  # new draws for every batch; `size` only counts then
+        fresh: bool = False,  # new draws for every batch; `size` has no effect then
     ):
         if draws < 1: raise UserError(f'A batch needs at least one draw, got draws = {draws}.')
-        if size < draws:
+        if size < draws and not fresh:
             raise UserError(f'A batch needs {draws} draws, but the pool holds {size}: '
                             f'use --set pool_size={draws} or more, or leave pool_size out.')
         if concentration <= 0 or means.min() <= 0:
             raise UserError('A Dirichlet distribution needs a positive concentration and no empty class.')
         self.alpha, self.draws, self.per_pass, self.seed, self.fresh, self.taken = (
-            concentration*means, draws, size//draws, seed, fresh, 0)
+            concentration*means, draws, max(size//draws, 1), seed, fresh, 0)
         if not fresh: self.component, self.q = self._draw(np.random.default_rng([seed, 0]), size)
 
     def _draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ def skill_diverse_loss(
 
 # %% ../../nbs/losses/24_experts.ipynb #12d658a5
 def ldam_margins(
-    counts: Tensor,  # (C,) train counts
+    counts: Tensor,  # (C,) train counts, positive
     largest: float = 0.5,  # margin of the rarest class
 ) -> Tensor:  # (C,) float64
     "Margins in units of the cosine (Cao et al., NeurIPS 2019)."

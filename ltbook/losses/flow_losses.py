@@ -62,9 +62,14 @@ def purity_loss(
     joint_minus: Tensor,  # (B, K) of x-, of another class
     contrast: str = 'soft',  # 'soft' or 'hard'
     detach: bool = True,  # no gradient through x+ (published)
-    margin: float | None = None,  # floor of p(k|x-), or None
+    margin: float | None = None,  # floor of p(k|x-), above 0, or None
 ) -> Tensor:  # scalar, negative; lower is purer
-    "How much two rows of different classes share their clusters, as minus a cross-entropy (Xu et al., ECCV 2022)."
+    """How much two rows of different classes share their clusters, as minus a cross-entropy (Xu et al., ECCV 2022).
+
+    Raises `UserError` for an unknown contrast, or a floor outside of (0, 1).
+    """
+    if margin is not None and not 0 < margin < 1:
+        raise UserError(f'A floor of probabilities lies in (0, 1): got {margin}.')
     p = (joint_plus.detach() if detach else joint_plus).softmax(1)
     log_q = joint_minus.log_softmax(1)
     if margin is not None: log_q = log_q.clamp_min(math.log(margin))

@@ -79,7 +79,7 @@ def adjusted_logits(
     if not p.min() > 0:
         raise UserError('Logits are adjusted by the log of the counts, which must be positive: '
                         f'the smallest is {p.min():g}.')
-    return logits - tau*(p/p.sum()).log().to(logits)
+    return logits - (tau*(p/p.sum()).log()).to(logits.dtype if logits.is_floating_point() else torch.float32)
 
 # %% ../../nbs/losses/26_margins.ipynb #7fa9e58e
 def ldam_loss(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 from ..data.checks import one_of
-from .cross_entropy import balanced_softmax
+from .cross_entropy import REDUCTIONS, balanced_softmax
 from .margins import equalization_loss, focal_loss, ldam_loss, logit_adjustment
 
 # %% ../../nbs/losses/28_named.ipynb #2ae626bf
@@ -22,9 +22,10 @@ class LossOptions:
     equalization_threshold: float = 0.005  # share of the images below which a class is rare
     adjustment_tau: float = 1.0  # strength of the logit adjustment
     ldam_margin: float = 0.5  # largest margin of LDAM, for a head that gives 30 times the cosine
-    spared: Tensor | None = None  # (), 1 or 0: does this batch spare the rare classes? for the equalization loss
+    spared: Tensor | None = None  # (), 1 or 0: does this batch spare the rare classes? None: all do; equalization loss
 
-def _cross_entropy(counts, o): return lambda z, y, reduction='mean': F.cross_entropy(z, y, reduction=reduction)
+def _cross_entropy(counts, o):
+    return lambda z, y, reduction='mean': F.cross_entropy(z, y, reduction=one_of(reduction, REDUCTIONS, 'reduction'))
 
 def _balanced_softmax(counts, o):
     return lambda z, y, reduction='mean': balanced_softmax(z, y, counts, reduction=reduction)
@@ -33,7 +34,7 @@ def _focal(counts, o): return lambda z, y, reduction='mean': focal_loss(z, y, o.
 
 def _equalization(counts, o):
     return lambda z, y, reduction='mean': equalization_loss(
-        z, y, counts, o.equalization_threshold, o.spared, reduction=reduction)
+        z, y, counts, o.equalization_threshold, True if o.spared is None else o.spared, reduction=reduction)
 
 def _logit_adjustment(counts, o):
     return lambda z, y, reduction='mean': logit_adjustment(z, y, counts, o.adjustment_tau, reduction=reduction)

@@ -29,12 +29,13 @@ def smoothing_strength(
 ) -> Tensor:  # (C,) float64
     """Smoothing strength of every class; `head` where all counts are equal (Zhong et al., CVPR 2021).
 
-    `UserError` for a bad shape or strength.
+    `UserError` for a bad shape, strength or power.
     """
     n = np.asarray(counts, dtype=np.float64)
     curve = SHAPES[one_of(shape, SHAPES, 'smoothing shape')]
     if not (0 <= tail < 1 and 0 <= head < 1):
         raise UserError(f'Smoothing strengths lie in [0, 1): got head {head} and tail {tail}.')
+    if not 0 < power < np.inf: raise UserError(f'The power of the smoothing is a positive number, got {power}.')
     t = (n - n.min()) / (n.max() - n.min()) if n.max() > n.min() else np.ones_like(n)
     return torch.from_numpy(tail + (head - tail)*curve(t, power))
 

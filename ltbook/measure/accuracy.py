@@ -32,13 +32,19 @@ def as_predictions(
     return logits, labels
 
 # %% ../../nbs/measure/31_accuracy.ipynb #4da08110
+def _answers(
+    logits: Tensor,  # (n, C)
+) -> Tensor:  # (n,) classes; -1, which is none, where there is nan
+    "What a network says."
+    return logits.argmax(1).where(~logits.isnan().any(1), -1)
+
 def top1(
     logits: Tensor,  # (n, C) logits or probabilities
     labels: Tensor,  # (n,) true classes
 ) -> float:  # fraction of right predictions, 0..1
-    "Share of the samples whose largest logit is that of the true class."
+    "Share of the samples whose largest logit is that of the true class; a sample with nan among them is wrong."
     logits, labels = as_predictions(logits, labels)
-    return (logits.argmax(1) == labels).double().mean().item()
+    return (_answers(logits) == labels).double().mean().item()
 
 # %% ../../nbs/measure/31_accuracy.ipynb #4ab031b7
 def per_class_accuracy(
@@ -50,7 +56,7 @@ def per_class_accuracy(
     logits, labels = as_predictions(logits, labels)
     if labels.max() >= n_classes:
         raise UserError(f'There are labels up to {labels.max()}, more than the {n_classes} classes asked for.')
-    right = labels[logits.argmax(1) == labels]
+    right = labels[_answers(logits) == labels]
     right, total = (torch.bincount(k, minlength=n_classes).cpu().numpy() for k in (right, labels))
     return np.divide(right, total, out=np.full(n_classes, np.nan), where=total > 0)
 

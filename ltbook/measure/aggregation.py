@@ -37,7 +37,7 @@ class Mixture:
     "Learned weights and how they came about."
     weights: np.ndarray  # float64 (K,), sum to 1
     path: list[dict]  # one row an epoch: epoch, agreement, w1, w2, ...
-    stopped: bool  # whether a weight became so small that learning ended early
+    stopped: bool  # whether a weight became so small that learning ended there
 
 def too_small(
     weights: Tensor,  # (K,)
@@ -59,12 +59,14 @@ def learn_weights(
 ) -> Mixture:
     """Weights that make two views of unlabelled images agree most (Zhang et al., NeurIPS 2022).
 
-    Raises `UserError` without images or with one expert.
+    Raises `UserError` without images, with one expert, or for nan.
     """
     if not len(views) or not len(views[0][0]):
         raise UserError('There is nothing to learn weights from: give the logits of two views of at least one image.')
     K = views[0][0].shape[1]
     if K < 2: raise UserError('There is one expert only, so there are no weights to learn.')
+    if any(v.isnan().any() for pair in views for v in pair):
+        raise UserError('Some logits are nan: look at the training, it has probably diverged.')
     a = torch.full((K,), 1/3, requires_grad=True, device=views[0][0].device, dtype=views[0][0].dtype)
     optimizer, path = torch.optim.SGD([a], lr, momentum, weight_decay=weight_decay, nesterov=True), []
     for epoch, (first, second) in enumerate(views):
@@ -87,7 +89,7 @@ def weight_lean(
 ) -> float:  # 1 all on the first, 0 balanced, -1 all on the last
     "The side to which a mixture leans."
     w = torch.as_tensor(weights).double()
-    return (w @ torch.linspace(1, -1, len(w), dtype=torch.float64)).item()
+    return (w @ torch.linspace(1, -1, len(w), dtype=torch.float64, device=w.device)).item()
 
 def guarded(
     weights: Tensor,  # (K,) learned

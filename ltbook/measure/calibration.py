@@ -35,8 +35,13 @@ def _softmax(
 def confidences(
     logits: Tensor,  # (n, C)
 ) -> tuple[Tensor, Tensor]:  # (n,) confidence 1/C..1 and (n,) predicted class
-    "The largest probability of each sample and the class it belongs to. Raises `UserError` where a probability is nan."
+    """The largest probability of each sample and the class it belongs to.
+
+    Raises `UserError` for other shapes, no samples, or where a probability is nan.
+    """
     logits = torch.as_tensor(logits).detach()
+    if logits.ndim != 2 or not logits.numel():
+        raise UserError(f'Give logits of shape (n, C), n > 0; these have shape {tuple(logits.shape)}.')
     confidence = torch.cat([_softmax(logits[rows]).amax(1) for rows in _blocks(logits)])
     if confidence.isnan().any():
         raise UserError('Some logits are nan or infinite: look at the training, it has probably diverged.')
@@ -60,7 +65,7 @@ def _pair(
     return confidence.clip(0, 1), correct
 
 def _some_bins(n_bins: int) -> None:
-    if isinstance(n_bins, bool) or n_bins != int(n_bins) or n_bins < 1:
+    if isinstance(n_bins, bool) or not isinstance(n_bins, (int, np.integer)) or n_bins < 1:
         raise UserError(f'The number of bins must be a whole number from 1 on, got {n_bins}.')
 
 def calibration_bins(
@@ -86,12 +91,12 @@ def calibration_error(
     correct: Tensor | np.ndarray,  # (n,) right (1) or wrong (0)
     n_bins: int = 15,  # M
     norm: str = 'l1',  # 'l1' for the ECE, 'max' for the MCE
-) -> float:  # the error 0..1; nan if no sample is in a bin
+) -> float:  # the error 0..1
     """Mean (`l1`, weighted by count) or largest (`max`) gap between accuracy and confidence over bins of equal width
     (Naeini et al., AAAI 2015; Guo et al., ICML 2017)."""
     one_of(norm, ('l1', 'max'), 'norm')
     bins = calibration_bins(confidence, correct, n_bins).query('count > 0')
-    return float(np.average(bins.gap, weights=bins['count']) if norm == 'l1' and len(bins) else bins.gap.max())
+    return float(np.average(bins.gap, weights=bins['count']) if norm == 'l1' else bins.gap.max())
 
 # %% ../../nbs/measure/32_calibration.ipynb #881a3ea6
 def adaptive_calibration_error(

@@ -23,10 +23,23 @@ def replace_prior(
 
     Raises `UserError` if a source class is empty.
     """
-    source, target = (torch.as_tensor(v, device=logits.device).to(logits.dtype) for v in (source, target))
+    source, target = (torch.as_tensor(v, device=logits.device).double() for v in (source, target))
     if source.min() <= 0:
         raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
-    return logits + (target/target.sum()).log() - (source/source.sum()).log()
+    change = (target/target.sum()).log() - (source/source.sum()).log()
+    return logits + change.to(logits.dtype if logits.is_floating_point() else torch.float32)
+
+# %% ../../nbs/measure/35_label_shift.ipynb #2d17ae1d
+def _probabilities(
+    logits: Tensor,  # (n, C) of unlabelled test images
+) -> Tensor:  # (n, C) float64
+    "Softmax of what a distribution is estimated from. Raises `UserError` where there is nothing, or not a number."
+    p = logits.double().softmax(1) if logits.ndim == 2 and len(logits) else logits
+    if logits.ndim != 2 or not len(logits) or p.isnan().any():
+        raise UserError(
+            'A label distribution is estimated from logits of shape (n, C), n > 0, without nan; '
+            f'these have shape {tuple(logits.shape)}' + (' and some are nan.' if len(logits) else '.'))
+    return p
 
 # %% ../../nbs/measure/35_label_shift.ipynb #155dc24a
 def estimate_prior(
@@ -37,13 +50,13 @@ def estimate_prior(
 ) -> Tensor:  # (C,) float64, sums to 1
     """The EM estimate of the test set's label distribution (Saerens et al. 2002).
 
-    Raises `UserError` for a class the source lacks.
+    Raises `UserError` for a class the source lacks, no images, or nan.
     """
     source = torch.as_tensor(source, device=logits.device).double()
-    p, source = logits.double().softmax(1), source/source.sum()
     if source.min() <= 0:
         raise UserError('The label distribution a classifier was trained for needs every class; one has no images.')
-    q = source
+    p = _probabilities(logits)
+    q = source = source/source.sum()
     for _ in range(steps):
         mass = p*(q/source)
         new = (mass/mass.sum(1, keepdim=True)).mean(0)
@@ -65,17 +78,20 @@ def estimate_power(
     trained_for: float = 0.0,  # the power that the classifier answers for: 0 uniform, 1 as in training
     slack: float = 0.25,  # powers are drawn so far towards `trained_for`
 ) -> float:  # at most 2 from `trained_for`
-    """Which `power_prior` is the likeliest label distribution of the test set.
+    """Which `power_prior` is the likeliest label distribution of the test set; of equals the nearest to `trained_for`.
 
-    Raises `UserError` for a class without images.
+    Raises `UserError` for a class without images, no test images, or nan.
     """
+    p = _probabilities(logits)
     counts = torch.as_tensor(counts, device=logits.device).double()
     if counts.min() <= 0: raise UserError('A power of the train counts needs every class; one has no images.')
     if counts.min() == counts.max(): return trained_for      # all powers are the same
-    tried = trained_for + torch.linspace(-2, 2, 201, device=logits.device).double()
+    tried = trained_for + torch.arange(-100, 101, device=logits.device).double()/50
     ratio = torch.stack([power_prior(counts, g) for g in tried], 1)/power_prior(counts, trained_for)[:, None]
-    likelihood = sum((z.double().softmax(1) @ ratio).log().sum(0) for z in logits.split(4096))
-    off = tried[likelihood.argmax()].item() - trained_for
+    likelihood = sum((part @ ratio).log().sum(0) for part in p.split(4096))
+    # equal but for rounding
+    best = tried[likelihood >= likelihood.max() - 1e-9*len(p)] - trained_for
+    off = best[best.abs().argmin()].item()
     return trained_for + math.copysign(max(abs(off) - slack, 0.0), off)
 
 # %% ../../nbs/measure/35_label_shift.ipynb #01335916
@@ -87,13 +103,15 @@ def estimate_prior_by_confusion(
 ) -> Tensor:  # (C,) float64, sums to 1
     """The label distribution of the test set from a confusion matrix (Lipton et al., ICML 2018).
 
-    Raises `UserError` where labels don't fit.
+    Raises `UserError` where labels don't fit, without images, or for nan.
     """
     held, labels = as_predictions(held, labels)
-    p, mu = held.double().softmax(1).cpu(), logits.double().softmax(1).mean(0).cpu()
+    p, mu = _probabilities(held).cpu(), _probabilities(logits).mean(0).cpu()
     K = p.shape[1]
     of = F.one_hot(labels.cpu(), K).double()
-    C = (p.T @ of + p.mean(0)[:, None])/(of.sum(0) + 1)
+    total, n = p.T @ of, of.sum(0)
+    mean = (total/n)[:, n > 0].mean(1, keepdim=True)      # of columns, not of images: those are long-tailed, too
+    C = (total + mean)/(n + 1)
     A = torch.cat([C, strength**.5*torch.eye(K).double()])
     b = torch.cat([mu, torch.full((K,), strength**.5/K).double()])
     q = torch.from_numpy(nnls(A.numpy(), b.numpy())[0])

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
+from scipy.fft import dct
 from torch import Tensor
 from ..data.checks import UserError, one_of
 from ..data.profile import class_groups
 from .accuracy import as_predictions
-from .calibration import confidences
+from .calibration import _pair, confidences
 from .report import measures
 
 # %% ../../nbs/measure/37_post_hoc.ipynb #f6a3243e
@@ -47,11 +48,16 @@ def balanced_weights(
     labels: Tensor,  # (n,) true classes of the held-out images
     target: Tensor | None = None,  # (C,) label distribution or counts of the test set; None is the balanced one
 ) -> Tensor:  # (n,) float64, mean 1
-    "Weights under which held-out images stand for a test set. Raises `UserError` for a class the target lacks."
+    """Weights under which held-out images stand for a test set; those of classes that it lacks count nothing.
+
+    Raises `UserError` for a target of other classes, or one that has none of the images' classes.
+    """
+    labels = torch.as_tensor(labels).long()
     counts = torch.bincount(labels, minlength=0 if target is None else len(target)).double()
-    q = torch.ones_like(counts) if target is None else torch.as_tensor(target).double()
+    q = torch.ones_like(counts) if target is None else torch.as_tensor(target).to(counts)
     if len(q) != len(counts): raise UserError(f'There are {len(counts)} classes, but the target has {len(q)}.')
     w = (q/counts)[labels]
+    if not w.sum() > 0: raise UserError('The target has none of the classes of these images.')
     return w/w.mean()
 
 def fit_scaling(
@@ -61,31 +67,35 @@ def fit_scaling(
     counts: Sequence[int] | None = None,  # (C,) train images, for `group`
     weights: Tensor | None = None,  # (n,) of the images, see `balanced_weights`; None weighs them alike
     shot_rule: str = '100/20',  # that makes the groups
-    decay: float = 1e-3,  # of the logarithms of the scales and of the shifts, so that few images don't decide much
-) -> Scaling:
-    """Maximum likelihood by L-BFGS (Guo et al., ICML 2017).
+    decay: float = 10.0,  # lambda: as much as so many images would say, so that a class of one does not decide much
+) -> Scaling:  # on the CPU
+    """Maximum likelihood by L-BFGS (Guo et al., ICML 2017), drawn towards no change.
 
-    Raises `UserError` for an unknown kind, or groups without counts.
+    Raises `UserError` for an unknown kind, groups without counts, other sizes, or logits that are not finite.
     """
-    z, y = as_predictions(logits, labels)
+    z, y = (v.cpu() for v in as_predictions(logits, labels))
     z, C = z.double(), z.shape[1]
-    w = torch.ones(len(y), dtype=torch.float64) if weights is None else weights.double()
+    w = torch.ones(len(y)).double() if weights is None else torch.as_tensor(weights).cpu().double()
     one_of(kind, KINDS, 'scaling')
-    if kind == 'group' and counts is None: raise UserError('A temperature for each group needs the train counts.')
+    if not z.isfinite().all(): raise UserError('Some logits are nan or infinite; a scale can be fitted to finite ones.')
+    if w.shape != y.shape: raise UserError(f'{len(y)} images need as many weights; these have shape {tuple(w.shape)}.')
+    if kind == 'group' and (counts is None or len(counts) != C):
+        raise UserError(f'A temperature for each group needs the train counts of {C} classes.')
     place = torch.zeros(C, dtype=torch.int64)      # of the scale of every class
     if kind == 'vector': place = torch.arange(C)
     if kind == 'group': place = torch.from_numpy(np.unique(class_groups(counts, shot_rule), return_inverse=True)[1])
-    log_scale = torch.zeros(int(place.max()) + 1, dtype=torch.float64, requires_grad=True)
-    shift = torch.zeros(C, dtype=torch.float64, requires_grad=kind == 'vector')
-    free = [log_scale, shift] if kind == 'vector' else [log_scale]
+    common, own, shift = (torch.zeros(k, dtype=torch.float64) for k in (1, int(place.max()) + 1, C))
+    free = dict(temperature=[common], group=[common, own], vector=[common, own, shift])[kind]
+    for p in free: p.requires_grad_()
+    images = w.sum().square()/w.square().sum()      # as many as, weighed alike, would say as much
     optimizer = torch.optim.LBFGS(free, max_iter=100, line_search_fn='strong_wolfe')
     def scaling():
-        scale = log_scale.exp()[place]
+        scale = (common + own[place]).exp()
         return Scaling(kind, scale[0] if kind == 'temperature' else scale, shift)
     def loss():
         optimizer.zero_grad()
         nll = (w*F.cross_entropy(scaling()(z), y, reduction='none')).sum()/w.sum()
-        total = nll + decay*sum(p.square().mean() for p in free)
+        total = nll + decay*sum(p.square().sum() for p in free)/images
         total.backward()
         return total
     optimizer.step(loss)
@@ -97,20 +107,24 @@ def smooth_residual(
     confidence: Tensor,  # (n,) 0..1
     correct: Tensor,  # (n,) right (1) or wrong (0)
     sigma: float,  # width of the kernel, > 0
-    points: int = 201,  # of the grid on [0, 1]
+    points: int = 1001,  # of the grid on [0, 1]; its step should not be above sigma
 ) -> Tensor:  # (points,) float64, over the grid
-    "The kernel mean of right minus confidence, on a grid (Blasiok and Nakkiran, ICLR 2024)."
-    p = torch.as_tensor(confidence).double()
-    r = torch.as_tensor(correct).double() - p
-    # sum the residuals on a fine grid first: two points share one, by their distance
-    fine = 4*(points - 1)
-    at = (p*fine).long().clamp(max=fine - 1)
-    share = p*fine - at
-    mass = torch.zeros(fine + 1, dtype=torch.float64)
+    """The kernel mean of right minus confidence, on a grid (Blasiok and Nakkiran, ICLR 2024).
+
+    Raises `UserError` for other sizes, no samples, or a confidence outside 0..1.
+    """
+    p, right = (torch.from_numpy(v) for v in _pair(confidence, correct))
+    last = points - 1
+    at = (p*last).long().clamp(max=last - 1)
+    share, r = p*last - at, (right - p)/len(p)
+    mass = torch.zeros(points, dtype=torch.float64)      # two points of the grid share a residual, by their distance
     mass.index_add_(0, at, r*(1 - share)).index_add_(0, at + 1, r*share)
-    t, s = torch.linspace(0, 1, points, dtype=torch.float64), torch.linspace(0, 1, fine + 1, dtype=torch.float64)
-    kernel = sum(torch.exp(-(t[:, None] - image)**2/(2*sigma**2)) for image in (s, -s, 2 - s, 2 + s, s - 2))
-    return kernel @ mass/(len(p)*sigma*np.sqrt(2*np.pi))
+    # a Gaussian, reflected at both ends as often as need be, damps cosines; the transform halves what is at an end
+    mass[[0, -1]] *= 2
+    wave = torch.from_numpy(dct(mass.numpy(), type=1))*torch.exp(-(torch.arange(points)*np.pi*sigma)**2/2)
+    wave[0] /= 2
+    wave[1:-1] /= 2
+    return torch.from_numpy(dct(wave.numpy(), type=1))
 
 def smooth_calibration_error(
     confidence: Tensor,  # (n,) 0..1
@@ -118,11 +132,10 @@ def smooth_calibration_error(
 ) -> float:  # 0..1
     """Smooth ECE: the width at which the smoothed error equals the width (Blasiok and Nakkiran, ICLR 2024).
 
-    Raises `UserError` without samples.
+    Raises `UserError` for other sizes, no samples, or a confidence outside 0..1.
     """
-    if not len(confidence): raise UserError('There are no confidences to judge.')
-    def error(sigma): return float(torch.trapezoid(smooth_residual(confidence, correct, sigma).abs(), dx=1/200))
-    low, high = 1e-3, 1.
+    def error(sigma): return float(torch.trapezoid(smooth_residual(confidence, correct, sigma).abs(), dx=1/1000))
+    low, high = 2e-3, 1.      # two steps of the grid; a smaller error is measured at that width
     if error(low) <= low: return error(low)
     for _ in range(20):
         middle = (low + high)/2

@@ -70,12 +70,13 @@ def plot_likelihoods(
     threshold: float | None = None,  # rows to the right are kept
     ax: Axes | None = None,  # axes to use; None makes a new figure
 ) -> Axes:  # the axes
-    "Densities of the log-likelihood, part by part."
+    "Densities of the log-likelihood, part by part; what lies outside of the axis is missing from the area of a part."
     ax = house_axes(ax, (4.0, 2.8))
     low, high = np.quantile(next(iter(loglik.values())), 0.05), max(np.quantile(v, 0.998) for v in loglik.values())
     bins = np.linspace(low, high, 51)
     for i, (name, v) in enumerate(loglik.items()):
-        ax.hist(v, bins, density=True, histtype='step', lw=1.5, color=COLORS[i], label=name)
+        weights = np.full(len(v), 1/max(len(v), 1)/(bins[1] - bins[0]))
+        ax.hist(v, bins, weights=weights, histtype='step', lw=1.5, color=COLORS[i], label=name)
     if threshold is not None: ax.axvline(threshold, color='0.2', ls='--', lw=1, label='threshold')
     ax.set(xlabel='log-likelihood', ylabel='density')
     ax.legend(loc='upper left', fontsize='small', frameon=False, handlelength=1.2)

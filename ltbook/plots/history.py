@@ -25,8 +25,7 @@ def _draw(
     "A line through the values of one column that are there."
     there = history[column].reset_index(drop=True).dropna()
     marker = '.' if len(there) <= 40 else None
-    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, label=column.removeprefix('test_'),
-            **style)
+    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, **{'label': column} | style)
 
 def _mark_stages(
     stages: pd.Series,  # name of the stage in each row
@@ -50,7 +49,10 @@ def plot_history(
     ax = house_axes(ax, (5.0, 3.0))
     columns = [c for c in ACCURACIES if c in history and history[c].notna().any()] if columns is None else columns
     for i, c in enumerate(columns):
-        _draw(history, c, ax, color=GROUP_COLORS.get(c.removeprefix('test_'), COLORS[3 + i % 7]))
+        name = c.removeprefix('test_')
+        both = c != name and name in columns      # then the line of the test images is dashed
+        _draw(history, c, ax, color=GROUP_COLORS.get(name, COLORS[3 + i % 7]), label=c if both else name,
+              linestyle='--' if both else '-')
     ax.set(xlabel='epoch', xlim=(0, len(history) + 1), ylabel='accuracy' if columns else 'training loss')
     if 'loss' in history:
         right = ax.twinx() if columns else ax

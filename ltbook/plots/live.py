@@ -36,11 +36,12 @@ def live(
     import ipywidgets
     picture, words = ipywidgets.HTML(), ipywidgets.HTML()
     def renew(*_):
-        values = {k: c.value for k, c in controls.items()}
+        values, open_before = {k: c.value for k, c in controls.items()}, plt.get_fignums()
         try: figure, words.value = draw(**values)
-        except UserError as e: figure, words.value = None, escape(str(e))
-        except Exception as e:      # an old figure must not stand for new values
-            figure, words.value = None, escape(f'This could not be drawn ({type(e).__name__}: {e}).')
+        except Exception as e:      # an old figure must not stand for new values, nor one that was begun stay open
+            told_why = str(e) if isinstance(e, UserError) else f'This could not be drawn ({type(e).__name__}: {e}).'
+            figure, words.value = None, escape(told_why)
+            for number in set(plt.get_fignums()) - {*open_before}: plt.close(number)
         if figure is None: picture.value = ''
         else:
             png = BytesIO()

@@ -1,5 +1,5 @@
 "Many runs and other machines: what belongs together, what is removed, what a card or a version is in the way of"
-import json, shutil
+import errno, json, os, shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from ltbook.cli.main import app
@@ -17,14 +18,17 @@ from ltbook.data.stores import ImageSet
 from ltbook.data.random_views import FixedViews, RandomViews
 from ltbook.methods.class_balanced_experts import expert_classes
 from ltbook.methods.recipe import recipe, recipe_hash
+from ltbook.runs.classifier import classifier_of
 from ltbook.runs.environment import command
-from ltbook.runs.export import export, from_export
+from ltbook.runs.export import export, from_export, model_card
 from ltbook.runs.folder import Run, load_run, verify_run
 from ltbook.runs.published import beside_the_paper, differs, printed_for
 from ltbook.runs.run import run
 from ltbook.studies import engines, packs, shift as shifts, sweep as sweeps
 from ltbook.studies.compare import compare, seeds_together
 from ltbook.studies.grid import grid
+from ltbook.studies.leaderboard import run_ids
+from ltbook.studies.report import anchor, report
 from ltbook.studies.shift import cli_shift
 from ltbook.train.files import write_json
 
@@ -229,3 +233,120 @@ def test_numbers_that_are_names_and_numbers_that_are_long():
 def test_what_was_never_run_may_be_asked_for(out):
     p = ltbook('compare', '--missing', '--dataset', 'imagenet_lt', '--out', out)
     assert p.exit_code == 0 and 'not run' in p.output
+
+
+def test_a_blank_in_the_name_of_a_data_set(out, tmp_path):
+    one = load_run(next(out.glob('digits/cross_entropy/*')))
+    run = replace(one, recipe=one.recipe.model_copy(update=dict(dataset='my birds')),
+                  path=Path(shutil.copytree(one.path, tmp_path/'my birds'/'cross_entropy'/one.path.name)))
+    assert run_ids(f'{one.id} {run.id}') == [one.id, run.id] and run_ids('') == []
+    page = report([one, run], tmp_path/'r.html').read_text()
+    assert anchor(run.id) in page and f'{run.id}: ' in page
+
+
+def test_a_report_says_what_is_a_search(out, tmp_path):
+    one = load_run(next(out.glob('digits/cross_entropy/*')))
+    held = replace(one, recipe=one.recipe.model_copy(update=dict(hold_out=5)), path=one.path)
+    assert 'All are searches' in report([held], tmp_path/'r.html').read_text()
+    assert 'All are searches' not in report([one], tmp_path/'r.html').read_text()
+
+
+@pytest.mark.parametrize('words,sentence', [
+    (['sweep', 'GRID', 'ablation'], 'leave ablation out'), (['sweep', '--method', 'mislas', '--only', '²'], 'fits'),
+    (['sweep', '--method', 'mislas', '--set', 'lr=.1', '--set', 'lr=.2'], 'lr=1,2'),
+    (['sweep', 'EMPTY'], 'at least a line'), (['sweep', 'NOTHING'], 'is empty'), (['sweep', 'NUMBER'], '1'),
+    (['compare', '--leaderboard', '--missing'], 'leave --missing'), (['compare', '--leaderboard', '--measures', 'few'],
+                                                                    'leave --missing'),
+    (['doctor', 'digits', 'mine'], 'One name is enough'), (['doctor', 'digits', '--deep'], '--images'),
+    (['new', 'method', '2birds'], 'begin with a letter'), (['run', 'mislas', '--import', 'a:b/x.py'], 'without')])
+def test_one_clear_sentence(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = dict(GRID='method: mislas', EMPTY='[]', NOTHING='{method: mislas, set: {lr: []}}',
+                 NUMBER='{method: mislas, set: {1: 2}}')
+    for name, text in files.items(): (tmp_path/f'{name}.yaml').write_text(text)
+    (tmp_path/'a:b').mkdir()
+    (tmp_path/'a:b'/'x.py').touch()
+    got = ltbook(*(f'{w}.yaml' if w in files else w for w in words))
+    assert got.exit_code == 2 and sentence in got.output and 'Traceback' not in got.output, got.output
+    assert len(got.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('words', [['shift', 'x', '--seed', '-1'],
+                                   ['pack', 'x', '--images', 'a', '--lists', 'b', '--workers', '-1']])
+def test_numbers_out_of_range(words):
+    got = ltbook(*words)
+    assert got.exit_code == 2 and 'Invalid value' in got.output and words[-2] in got.output
+
+
+def test_a_list_in_brackets_is_one_value():
+    [cell] = grid('mislas', changes=dict(drops='[.6,.8]'))
+    assert cell.recipe.drops == recipe('mislas', drops='[.6,.8]').drops == (.6, .8)
+
+
+@pytest.mark.parametrize('number,advice', [(errno.ENOSPC, 'room'), (errno.EROFS, 'written'), (errno.EACCES, 'may use'),
+                                           (errno.EEXIST, 'another name')])
+def test_advice_by_what_went_wrong(number, advice, monkeypatch):
+    def fails(*_, **__): raise OSError(number, 'it went wrong')
+    monkeypatch.setattr('ltbook.runs.folder.scan_runs', fails)
+    got = ltbook('show')
+    assert got.exit_code == 2 and advice in got.output and 'None' not in got.output
+
+
+def test_what_is_left_of_a_removal_is_no_run(out, tmp_path, monkeypatch):
+    place = tmp_path/'digits'/'cross_entropy'/next(out.glob('digits/cross_entropy/*')).name
+    shutil.copytree(next(out.glob('digits/cross_entropy/*')), place)
+    link = tmp_path/'link'
+    link.symlink_to(place)
+    monkeypatch.setattr('shutil.rmtree', lambda p: None)      # cut off
+    assert ltbook('rm', '-y', link, '--out', tmp_path).exit_code == 0
+    assert place.exists() and not link.exists() and 'No finished runs' in ltbook('show', '--out', tmp_path).output
+
+
+def test_programs_hear_what_is_left_out(out, tmp_path):
+    shutil.copytree(out, tmp_path/'o')
+    (next((tmp_path/'o').glob('digits/sade/*'))/'metrics.json').write_text('{')
+    for words in (['compare', '--leaderboard', '--format', 'csv'], ['show', '--json']):
+        got = CliRunner().invoke(app, [*words, '--out', str(tmp_path/'o')])
+        assert got.exit_code == 0 and 'left out' in got.stderr and 'left out' not in got.stdout
+
+
+def test_the_first_stage_is_taken_over_from_where_it_lies(out, tmp_path):
+    one = load_run(next(out.glob('digits/cross_entropy/*')))
+    took = run(recipe('crt', 'digits', profile='smoke', start=one.id), tmp_path, device='cpu', start=one)
+    assert f'--from {tmp_path}/{one.id}' in load_run(took).again
+
+
+def test_time_of_all_sittings(out):
+    one = load_run(next(out.glob('digits/cross_entropy/*')))
+    resumed = replace(one, env=one.env | dict(wall_seconds=10., train_seconds=90.))
+    [cell] = [c for c in grid('cross_entropy', 'digits', profile='smoke') if c.id == one.id]
+    assert sweeps.seconds_of([resumed])(cell) == 90.
+    later = resumed.recipe.model_copy(update=dict(start='digits/mixup/0-00000000'))
+    assert sweeps.seconds_of([replace(resumed, recipe=later)])(cell) == 10.
+
+
+@pytest.mark.parametrize('key', ['recipe', 'classes', 'parts', 'counts', 'mean', 'shape'])
+def test_a_config_that_was_changed(out, tmp_path, key):
+    place = export(load_run(next(out.glob('digits/cross_entropy/*'))), tmp_path/'x')
+    config = json.loads((place/'config.json').read_text())
+    config.pop(key)
+    write_json(place/'config.json', config)
+    with pytest.raises(UserError, match='export the run once more'): from_export(place)
+
+
+def test_a_model_card_of_any_name(out, tmp_path):
+    yaml = pytest.importorskip('yaml')
+    one = load_run(next(out.glob('digits/cross_entropy/*')))
+    named = replace(one, recipe=one.recipe.model_copy(update=dict(dataset='birds: north, a')))
+    card = yaml.safe_load(model_card(named, classifier_of(one), 'cc: by').split('---')[1])
+    [result] = card['model-index'][0]['results']
+    assert result['dataset'] == dict(name='birds: north, a', type='birds: north, a') and card['license'] == 'cc: by'
+
+
+def test_a_picture_with_a_name_that_is_no_utf8(out, tmp_path):
+    pictures, name = tmp_path/'p', os.fsdecode(b'caf\xe9.png')
+    pictures.mkdir()
+    try: Image.new('L', (8, 8)).save(pictures/name)
+    except OSError: pytest.skip('this file system takes such names not')
+    got = ltbook('predict', next(out.glob('digits/cross_entropy/*')), pictures, '--to', tmp_path/'t.csv')
+    assert got.exit_code == 0 and len((tmp_path/'t.csv').read_text().splitlines()) == 2, got.output

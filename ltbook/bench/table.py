@@ -215,23 +215,24 @@ def check(
 def bench(
     seconds: float = 8.0,  # for every measurement; the whole bench takes about 60 times as long
     only: tuple[str, ...] = (),  # names of rows or of curves of growth; empty for all
-    out: Path | None = None,  # folder of <device>.json and <device>.png; None writes nothing
+    out: Path | None = None,  # folder of <device>.json and .png, <device>-part with `only`; None writes nothing
     report: Callable[[dict], None] = lambda row: None,  # called with every finished row
 ) -> dict:  # device, versions, date, ..., rows and growth; JSON-able
     "Measure rows and growth, and write them. Raises `UserError` for an unknown name or a time that is not positive."
     check(seconds, only)
+    if out:      # before all the measuring
+        try: Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f'Cannot make the folder {out}: {e.strerror}. Choose another place with --out.') from None
     chosen = lambda table: {k: v for k, v in table.items() if not only or k in only}
     result = surroundings() | dict(
         seconds=seconds,
         rows=run_rows(chosen(ROWS), seconds, report),
         growth={k: attempt(f, seconds) for k, f in chosen(GROWTH).items()})
     if out:
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f'Cannot make the folder {out}: {e.strerror}. Choose another place with --out.') from None
-        write_json(Path(out)/f'{slug(result["device"])}.json', result)
-        if result['rows']: draw(result, Path(out)/f'{slug(result["device"])}.png')
+        name = slug(result['device']) + '-part'*bool(only)      # a part never replaces the whole
+        write_json(Path(out)/f'{name}.json', result)
+        draw(result, Path(out)/f'{name}.png')
     return result
 
 def cli_bench(
@@ -261,5 +262,5 @@ def cli_bench(
                     if 'value' in got
                     else f'{got["status"]}: {got["reason"]}'))
         if place:
-            print(f'wrote {place / slug(result["device"])}.json and .png')
+            print(f'wrote {place/slug(result["device"])}{"-part"*bool(names)}.json and .png')
     return result

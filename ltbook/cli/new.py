@@ -163,13 +163,15 @@ def skeleton(
 @verb('new', 'Train', 'method mine', 'dataset birds')
 def new_(
     kind: Annotated[str, typer.Argument(help='method or dataset.')],
-    name: Annotated[str, typer.Argument(help='Letters, digits and _.')]):
+    name: Annotated[str, typer.Argument(help='A letter, then letters, digits and _.')]):
     "Write a notebook to begin with: NAME.ipynb in the current folder."
     from ltbook.data.images import data_root
     from ltbook.data.stores import new_place
     from ltbook.methods.method import methods
     page, file = skeleton(kind, check_name(name, kind)), Path(f'{name}.ipynb')
-    if not name.isidentifier(): raise UserError(f'{name!r} cannot name a {kind} in Python: use letters, digits and _.')
+    if not name.isidentifier():
+        raise UserError(f'{name!r} cannot name a {kind} in Python: begin with a letter, go on with letters, digits '
+                        'and _.')
     if kind == 'method' and name in methods():
         raise UserError(f'There is a method {name} already: choose another name.')
     if kind == 'dataset': new_place(name, data_root(), None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .words import Out, console, print_table, verb
-from ..data.checks import UserError
+from ..data.checks import UserError, printable
 
 # %% ../../nbs/cli/795_show.ipynb #47c41124
 def show_run(
@@ -81,7 +81,10 @@ def show_(
     from ltbook.runs.folder import resolve_run, scan_runs
     from ltbook.runs.progress import cell
     chosen = [resolve_run(r, out) for r in run or ()]
-    if as_json: return typer.echo(json.dumps([about_run(r) for r in chosen or scan_runs(out)[0]], indent=1))
+    if as_json:
+        some, bad = (chosen, {}) if chosen else scan_runs(out)
+        for reason in bad.values(): typer.echo(f'left out: {printable(reason)}', err=True)
+        return typer.echo(json.dumps([about_run(r) for r in some], indent=1))
     if len(chosen) == 2: return show_two(*chosen)
     if len(chosen) > 2: raise UserError('show takes one run, or two to compare; for more there is: ltbook compare')
     if chosen: return show_run(chosen[0])

@@ -112,10 +112,13 @@ def sweep_(
     if (what is None) == (method is None):
         raise UserError('Name what to run: --method mislas,sade for a grid, a file such as grid.yaml, '
                         'or a method and its sweep, such as difficulty_net ablation.')
+    if name is not None and (method or Path(what).suffix):
+        raise UserError(f'{method or what} says what runs: leave {name} out.')
     apart = dict(dataset=dataset, imbalance=imbalance, profile=profile, seeds=seeds, set=changes)
     dataset, profile, seeds = dataset or DEFAULTS['dataset'], profile or DEFAULTS['profile'], seeds or '0'
     if method:
-        given = dict(c.partition('=')[::2] for c in changes or [] if parse_changes([c]))
+        parse_changes(changes or [])      # raises what there is to say
+        given = dict(c.partition('=')[::2] for c in changes or [])
         cells = grids.grid(method, dataset, 'null' if imbalance is None else imbalance, profile, seeds,
                            {k.strip().replace('-', '_'): v for k, v in given.items()}, out)
     elif Path(what).suffix:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from ..data.augment import normalize
-from ..data.checks import UserError
+from ..data.checks import UserError, printable
 from ..data.folders import SUFFIXES, is_picture
 from ..data.pictures import Reading, Seen, read_square
 from ..data.profile import class_groups
@@ -136,7 +136,8 @@ def predict_pictures(
         good = [torch.tensor(x) for x in read if not isinstance(x, str)]
         p = iter(network.predict(torch.stack(good)) if good else ())
         for file, x in zip(some, read):
-            row = dict.fromkeys(('file', 'class', 'probability', 'group', 'second', 'error'), '') | dict(file=str(file))
+            row = dict.fromkeys(('file', 'class', 'probability', 'group', 'second', 'error'), '')
+            row['file'] = printable(str(file))
             if isinstance(x, str): yield row | dict(error=x); continue
             best = next(p).topk(min(2, len(network.classes)))
             first, *other = best.indices.tolist()

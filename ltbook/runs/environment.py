@@ -38,6 +38,7 @@ def git_state() -> dict:  # commit and dirty, None where the package is not in a
 # %% ../../nbs/runs/630_environment.ipynb #69b4ae23
 def command(
     recipe: Recipe,  # any recipe
+    out: str | Path = 'outputs',  # parent of the run whose first stage it takes over
 ) -> str:  # one shell line
     "The command that repeats a run."
     plain = plain_recipe(recipe)
@@ -54,7 +55,7 @@ def command(
         f'--set {shlex.quote(k + "=" + (v if isinstance(v, str) else json.dumps(v)))}'
         for k, v in changed(recipe, plain, {*taken, 'start', 'source'}).items()]
     own = [f'--import {shlex.quote(m)}' for m in os.environ.get('LTBOOK_IMPORT', '').split(os.pathsep) if m]
-    return ' '.join(words + ([f'--from {shlex.quote("outputs/" + recipe.start)}'] if recipe.start else []) + own)
+    return ' '.join(words + ([f'--from {shlex.quote(f"{out}/{recipe.start}")}'] if recipe.start else []) + own)
 
 def _number(v: float) -> str:
     "A number as short as it can be read back."

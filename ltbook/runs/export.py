@@ -41,6 +41,13 @@ def from_export(
     except (UserError, OSError): config = {}
     if config.get('format') != 'ltbook-1':
         raise UserError(f'{folder} is no export of ltbook; make one with: ltbook export RUN {folder}')
+    try: return _built(folder, config)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{folder/"config.json"} was changed since it was exported ({type(e).__name__}: {e}): '
+                        'export the run once more.') from None
+
+def _built(folder: Path, config: dict) -> Classifier:
+    "The network that a complete `config.json` describes."
     if (name := config['recipe'].get('method')) not in methods():
         raise UserError(f'{folder} holds a network of the method {name}, which is defined elsewhere: add --import with '
                         'its notebook or module.')
@@ -67,10 +74,10 @@ library_name: ltbook
 license: {license}
 tags: [image-classification, long-tailed-recognition, {method}]
 model-index:
-- name: {name}
+- name: {quoted_name}
   results:
   - task: {{type: image-classification}}
-    dataset: {{name: {dataset}, type: {dataset}}}
+    dataset: {{name: {quoted}, type: {quoted}}}
     metrics:
 {metrics}
 ---
@@ -139,8 +146,10 @@ def model_card(
     known = {NAMES[k]: m[k] for k in NAMES if m.get(k) is not None}
     setting = r.dataset + (f' with imbalance {r.imbalance:g}' if r.imbalance else '')
     sizes = ', '.join(f'{n} {g}-shot' for g, n in p['group_sizes'].items())
+    name = f'{r.method}-{r.dataset}-{r.seed}'
     return CARD.format(
-        license=license, method=r.method, name=f'{r.method}-{r.dataset}-{r.seed}', dataset=r.dataset, setting=setting,
+        license=json.dumps(license), method=r.method, name=name, quoted_name=json.dumps(name), setting=setting,
+        quoted=json.dumps(r.dataset),
         title=get_method(r.method).title, paper=get_method(r.method).paper, version=ltbook.__version__,
         metrics='\n'.join(f'    - {{type: {k}, value: {v:.4f}}}' for k, v in known.items()),
         table='\n'.join(f'| {k} | {100*v:.1f} % |' for k, v in known.items()),

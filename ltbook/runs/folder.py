@@ -82,7 +82,7 @@ class Run:
     @property
     def again(self) -> str:
         "The command that makes the run once more, in another place: from its recipe, as defaults may have changed."
-        return command(self.recipe) + ' --out again'
+        return command(self.recipe, self.path.parents[2]) + ' --out again'
 
     @property
     def figures(self) -> list[Path]:

@@ -42,11 +42,12 @@ def _value(text: str):
 def many(
     given: object,  # a list; a word, or several with commas; any other value
 ) -> list:  # of values
-    "The values that somebody asks for. What is JSON is one value."
+    "The values that somebody asks for. What is JSON, or begins with a bracket, is one value."
     if isinstance(given, (list, tuple)): return list(given)
     if not isinstance(given, str): return [given]
     whole = _value(given)
-    return [whole] if not isinstance(whole, str) else [_value(part) for part in given.split(',')]
+    one = not isinstance(whole, str) or whole[:1] in ('[', '(')
+    return [whole] if one else [_value(part) for part in given.split(',')]
 
 # %% ../../nbs/studies/681_grid.ipynb #89f56338
 def names(
@@ -130,6 +131,7 @@ def grid(
         for values in itertools.product(*map(many, (changes or {}).values())):
             own = dict(zip(changes or {}, values))
             for c in seeded(recipe(m, d, i, p, seed=seeds[0], **own), seeds, own, out): cells.setdefault(c.id, c)
+    if not cells: raise UserError('No run comes out of this grid: one of its lists is empty.')
     return Cells(cells.values())
 
 def _no_words(changes: dict) -> None:
@@ -158,8 +160,10 @@ def read_grid(
         for k in g: one_of(k, KEYS, f'key of a grid in {path.name}')
         words, changes = {k: v for k, v in g.items() if k not in ('set', 'seeds')}, g.get('set') or {}
         if not isinstance(changes, dict): raise UserError(f'{path}: set holds lines such as lr: 0.05, got {changes!r}.')
+        changes = {str(k).replace('-', '_'): v for k, v in changes.items()}
         seeds = ','.join(map(str, many(g.get('seeds', 0))))
         for c in grid(**words, seeds=seeds, changes=changes, out=out): cells.setdefault(c.id, c)
+    if not cells: raise UserError(f'{path} is empty: a grid is a table with at least a line such as method: mislas.')
     return Cells(cells.values())
 
 def _parsed(path: Path, text: str):
@@ -204,7 +208,7 @@ def choose(
 ) -> list[Cell]:  # those that fit any of it, in the order of the grid
     "Some cells. Raises `UserError` where nothing fits."
     only = list(only)
-    def fits(i, c, text): return i == int(text) if text.isdigit() else text.lower() in f'{c.name} {c.id}'.lower()
+    def fits(i, c, text): return i == int(text) if text.isdecimal() else text.lower() in f'{c.name} {c.id}'.lower()
     for text in only:
         if not any(fits(i, c, text) for i, c in enumerate(cells, 1)):
             raise UserError(f'Nothing in this sweep fits {text!r}: give a number from 1 to '

@@ -21,7 +21,7 @@ from ..methods.recipe import flat
 from ..runs.environment import command
 from ..runs.folder import Run
 from .compare import compare, short
-from .leaderboard import leaderboard, short_board
+from .leaderboard import leaderboard, run_ids, short_board
 from ..train.files import write_atomic
 
 # %% ../../nbs/studies/6943_report.ipynb #1080365b
@@ -104,7 +104,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; backgrou
 <header>
 <h1>{{ title }}</h1>
 <p>{{ n_runs }} runs of {{ n_recipes }} recipes. Percent of the last epoch, mean ± standard deviation over seeds;
-a number without a spread is a single seed. Written {{ written }} by ltbook {{ version }}.</p>
+a number without a spread is a single seed.
+{%- if held_out %} All are searches, measured on held-out train images and not on test images.{% endif %}
+Written {{ written }} by ltbook {{ version }}.</p>
 <nav aria-label="Parts">{% for t in tables %}<a href="#{{ t.id }}">{{ t.title }}</a>{% endfor %}
 {% if frontier %}<a href="#frontier">Accuracy and cost</a>{% endif %}
 <a href="#recipes">Figures</a><a href="#runs">Runs</a>
@@ -225,7 +227,7 @@ def _tables(runs: list[Run], board: pd.DataFrame) -> list[dict]:
              'expect on test sets that fall (forward) or rise (backward) 50-fold, and what it cost.',
              board, short_board(board))):
         if text is None: continue
-        rows = [dict(cells=[*map(str, cells)], to=anchor(str(ids).split(' ')[0]))
+        rows = [dict(cells=[*map(str, cells)], to=anchor(run_ids(ids)[0]))
                 for cells, ids in zip(text.values.tolist(), full.runs)]
         out.append(dict(id=id, title=title, about=about, columns=list(text.columns), rows=rows,
                         texts={'method', 'setting', 'recipe', 'measure', 'verdict', 'source'}))
@@ -257,11 +259,13 @@ def report(
     runs = list(runs)
     if not runs: raise UserError('There is no finished run to report; start one with: ltbook run mislas digits')
     results = [r for r in runs if not r.recipe.hold_out] or runs
+    held_out = results[0].recipe.hold_out > 0      # nothing but searches
+    bad = [*bad, *(f'{r.id} is a search, measured on held-out train images.' for r in runs if r not in results)]
     by, board = {r.id: r for r in results}, leaderboard(results)
     drawn = board.sort_values('top1', ascending=False).index[:most]
     groups = []
     for i in sorted(drawn):
-        ids = board.runs[i].split(' ')
+        ids = run_ids(board.runs[i])
         r = by[ids[0]]
         name = ', '.join(filter(None, (r.recipe.method, board.changes[i])))
         setting = r.recipe.dataset + (f', imbalance {r.recipe.imbalance:g}' if r.recipe.imbalance else '')
@@ -278,7 +282,8 @@ def report(
         title=title, n_runs=len(results), n_recipes=len(board),
         written=f'{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC', version=ltbook.__version__,
         tables=_tables(results, board), frontier=_frontiers(board), groups=groups,
-        left_out=len(board) - len(drawn), runs=[about(r) for r in results], bad=list(bad), marks=MARKS, anchor=anchor)
+        left_out=len(board) - len(drawn), runs=[about(r) for r in results], bad=bad, held_out=held_out, marks=MARKS,
+        anchor=anchor)
     file = Path(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,9 @@ def seconds_of(
     "An estimate of what a cell takes, from what others took."
     same, like = {}, {}
     for r in runs:
-        if not (took := r.env.get('wall_seconds')): continue
+        # the wall's are those of the last sitting; a first stage that was taken over cost this run nothing
+        took = max(r.env.get('wall_seconds') or 0, 0 if r.recipe.start else r.env.get('train_seconds') or 0)
+        if not took: continue
         same.setdefault((r.recipe.dataset, r.recipe.method, r.id.rpartition('-')[2]), []).append(took)
         like.setdefault((r.recipe.dataset, r.recipe.method, r.recipe.profile), []).append(took/r.recipe.epochs)
     def estimate(c: Cell) -> float | None:

@@ -54,6 +54,8 @@ def note_import(
     if module.endswith(('.py', '.ipynb')):
         if not Path(module).is_file(): raise UserError(f'There is no file {module} to import.')
         module = str(Path(module).absolute())
+        if os.pathsep in module:
+            raise UserError(f'{module} cannot be imported: name a place without {os.pathsep!r} in its path.')
     if module not in known: os.environ['LTBOOK_IMPORT'] = os.pathsep.join([*known, module or '(no name)'])
 
 def start(

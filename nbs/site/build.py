@@ -277,6 +277,9 @@ def broken(site):
 
 def main(out):
     global SRC
+    if out.is_dir() and any(out.iterdir()) and not (out/'objects.inv').exists():
+        print(f'{out} holds something that is no site: name a folder that may be replaced.', file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as d:
         SRC = Path(d)/'src'
         SRC.mkdir()
@@ -293,10 +296,11 @@ def main(out):
             (SRC/file.name).write_text(relinked(text, 'nbs/site') if file.suffix == '.md' else text)
         (SRC/'_static').mkdir()
         shutil.copy(HERE/'site.css', SRC/'_static')
-        shutil.rmtree(out, ignore_errors=True)
         built = subprocess.run([sys.executable, '-m', 'sphinx', '-b', 'html', '-q', '-W', '--keep-going', '-j', 'auto',
                                 '-d', f'{d}/doctrees', str(SRC), f'{d}/site'])
-        if (Path(d)/'site').exists(): shutil.copytree(f'{d}/site', out)
+        if (Path(d)/'site').exists():      # only then the old one goes
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(f'{d}/site', out)
         bad = sorted(set(broken(Path(out)))) if Path(out).exists() else ['nothing was built']
     bad += sorted(set(GONE))
     for line in bad: print('broken:', line)

@@ -2,6 +2,7 @@
 import errno, json, os, shutil
 from concurrent.futures import Future
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from ltbook.runs.run import run
 from ltbook.studies import engines, packs, shift as shifts, sweep as sweeps
 from ltbook.studies.compare import compare, seeds_together
 from ltbook.studies.grid import grid
-from ltbook.studies.leaderboard import run_ids
+from ltbook.studies.leaderboard import leaderboard, run_ids
 from ltbook.studies.report import anchor, report
 from ltbook.studies.shift import cli_shift
 from ltbook.train.files import write_json
@@ -253,7 +254,7 @@ def test_a_report_says_what_is_a_search(out, tmp_path):
 
 @pytest.mark.parametrize('words,sentence', [
     (['sweep', 'GRID', 'ablation'], 'leave ablation out'), (['sweep', '--method', 'mislas', '--only', '²'], 'fits'),
-    (['sweep', '--method', 'mislas', '--set', 'lr=.1', '--set', 'lr=.2'], 'lr=1,2'),
+    (['sweep', '--method', 'mislas', '--set', 'lr=.1', '--set', 'lr=.2'], 'lr=.1,.2'),
     (['sweep', 'EMPTY'], 'at least a line'), (['sweep', 'NOTHING'], 'is empty'), (['sweep', 'NUMBER'], '1'),
     (['compare', '--leaderboard', '--missing'], 'leave --missing'), (['compare', '--leaderboard', '--measures', 'few'],
                                                                     'leave --missing'),
@@ -299,7 +300,7 @@ def test_what_is_left_of_a_removal_is_no_run(out, tmp_path, monkeypatch):
     link.symlink_to(place)
     monkeypatch.setattr('shutil.rmtree', lambda p: None)      # cut off
     assert ltbook('rm', '-y', link, '--out', tmp_path).exit_code == 0
-    assert place.exists() and not link.exists() and 'No finished runs' in ltbook('show', '--out', tmp_path).output
+    assert place.exists() and not link.exists() and 'not finished' in ltbook('show', '--out', tmp_path).output
 
 
 def test_programs_hear_what_is_left_out(out, tmp_path):
@@ -350,3 +351,54 @@ def test_a_picture_with_a_name_that_is_no_utf8(out, tmp_path):
     except OSError: pytest.skip('this file system takes such names not')
     got = ltbook('predict', next(out.glob('digits/cross_entropy/*')), pictures, '--to', tmp_path/'t.csv')
     assert got.exit_code == 0 and len((tmp_path/'t.csv').read_text().splitlines()) == 2, got.output
+
+
+def test_runs_of_a_method_from_elsewhere_are_as_written(out, tmp_path):
+    place = shutil.copytree(next(out.glob('digits/cross_entropy/*')), tmp_path/'digits'/'mine'/'0-00000000')
+    listed = json.loads((place/'done.json').read_text())
+    write_json(place/'recipe.json', json.loads((place/'recipe.json').read_text()) | dict(method='mine'))
+    listed['files']['recipe.json'] = sha256((place/'recipe.json').read_bytes()).hexdigest()
+    write_json(place/'done.json', listed)
+    faults, notes = verify_run(place)
+    assert faults == [] and 'add --import' in notes and 'files as written' in notes
+    assert ltbook('verify', '--out', tmp_path).exit_code == 0
+    (place/'env.json').write_text('{}')
+    assert verify_run(place)[0] and ltbook('verify', '--out', tmp_path).exit_code == 1
+
+
+def test_what_is_not_finished_is_listed_with_its_command(tmp_path):
+    class Cut(Exception): pass
+    def stop(row): raise Cut
+    with pytest.raises(Cut):
+        run(recipe('mislas', 'digits', profile='smoke', lr=.06), tmp_path, device='cpu', report=stop)
+    words = 'ltbook run mislas digits --imbalance 20 --profile smoke --seed 0 --set lr=0.06 --out '
+    assert f'go on with: {words}{tmp_path}' in ltbook('show', '--out', tmp_path).output
+    [place] = tmp_path.glob('digits/mislas/*')
+    got = ltbook('eval', place, '--out', tmp_path)
+    assert got.exit_code == 2 and words in got.output
+    assert ltbook(*words.split()[1:], tmp_path, '--bare').exit_code == 0 and (place/'done.json').exists()
+
+
+def test_a_first_stage_from_elsewhere_is_said(out, tmp_path):
+    one, said = load_run(next(out.glob('digits/cross_entropy/*'))), []
+    run(recipe('crt', 'digits', profile='smoke', start=one.id), tmp_path, device='cpu', start=one, say=said.append)
+    assert f'The first stage is taken over from {one.id}.' in said
+    assert 'from cross_entropy' in leaderboard([load_run(next(tmp_path.glob('digits/crt/*')))]).changes[0]
+
+
+def test_predict_says_what_works_without_data(out, tmp_path, monkeypatch):
+    picture = tmp_path/'p.png'
+    Image.new('L', (8, 8)).save(picture)
+    def gone(*_): raise UserError('These are other data.')
+    monkeypatch.setattr('ltbook.runs.classifier.make_context', gone)
+    got = ltbook('predict', next(out.glob('digits/cross_entropy/*')), picture)
+    assert got.exit_code == 2 and 'other data' in got.output and 'ltbook export' in got.output
+
+
+def test_warnings_of_runs_that_a_sweep_does_not_ask_for(out, tmp_path):
+    shutil.copytree(out, tmp_path/'o')
+    (next((tmp_path/'o').glob('digits/sade/*'))/'metrics.json').write_text('{')
+    got = ltbook('sweep', '--method', 'cross_entropy', '--profile', 'smoke', '--dry-run', '--out', tmp_path/'o')
+    assert got.exit_code == 0 and 'Warning' not in got.output and 'Nothing left to run' in got.output
+    told = ltbook('report', '--to', tmp_path/'r.html', '--out', tmp_path/'o')
+    assert told.exit_code == 0 and 'left out' in told.output

@@ -59,7 +59,7 @@ def compare_(
         table = table[table.measure.isin(wanted)].sort_values(['method', 'dataset', 'imbalance', 'profile', 'stage'])
     if table.empty:
         raise UserError(f'No run in {out} is {"like that" if board else "beside a printed number"}; see what there is: '
-                        f'ltbook show{_unread(bad)}')
+                        f'ltbook {"compare --leaderboard" if runs and not board else "show"}{_unread(bad)}')
     s = short_board(table) if board else together(short(table))
     if form != 'table':
         for reason in bad.values(): typer.echo(f'left out: {printable(reason)}', err=True)
@@ -126,4 +126,5 @@ def report_(
     found, bad = _named(runs, out) if runs else scan_runs(out)
     if bad and not found: raise UserError(f'No run in {out} can be reported{_unread(bad)}')
     file = report(found, to or out/'report.html', title, figures, bad.values())
+    for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
     console.print(f'report    {file}  ({file.stat().st_size/1e6:.1f} MB)', soft_wrap=True)

@@ -42,14 +42,14 @@ def predict_(
         to.parent.mkdir(parents=True, exist_ok=True)
         write_rows(to, rows)
     except OSError as e: raise UserError(f'Cannot write {to}: {e.strerror}. Choose another place with --to.') from None
-    common = ', '.join(f'{k} {n}' for k, n in Counter(r['class'] for r in rows if r['class']).most_common(5))
+    common = ', '.join(f'{n} of {k}' for k, n in Counter(r['class'] for r in rows if r['class']).most_common(5))
     console.print(f'{len(rows) - bad} pictures: {common}' + (f'; {bad} cannot be read' if bad else ''), soft_wrap=True)
     console.print(f'table     {to}', soft_wrap=True)
 
 @verb('export', 'Networks', 'birds/mislas/0-12345678 birds_network')
 def export_(
     run: Annotated[str, typer.Argument(help='A run: its folder, or dataset/method/seed-hash.')],
-    folder: Annotated[Path, typer.Argument(help='To make.')],
+    folder: Annotated[Path, typer.Argument(help='To make; another export is replaced.')],
     license: Annotated[str, typer.Option(help='Of the weights, for the model card.')] = 'other',
     onnx: Annotated[bool, typer.Option('--onnx', help='Also as model.onnx, bytes in, logits out.')] = False,
     data_root: Root = None,
@@ -57,4 +57,6 @@ def export_(
     "A trained network as a folder for others: weights, model card, a script that predicts."
     from ltbook.runs.export import export
     from ltbook.runs.folder import resolve_run
-    console.print(f'export    {export(resolve_run(run, out), folder, data_root, license, onnx)}', soft_wrap=True)
+    before = ' (in the place of another export)' if folder.exists() else ''
+    made = export(resolve_run(run, out), folder, data_root, license, onnx)
+    console.print(f'export    {made}{before}', soft_wrap=True)

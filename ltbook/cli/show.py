@@ -78,7 +78,9 @@ def show_(
     as_json: Annotated[bool, typer.Option('--json', help='For programs: recipe, result and environment.')] = False,
     out: Out = Path('outputs')):
     "The result of a run, two runs side by side, or a list of all finished runs."
+    from ltbook.runs.environment import go_on
     from ltbook.runs.folder import resolve_run, scan_runs
+    from ltbook.runs.keeping import busy
     from ltbook.runs.progress import cell
     chosen = [resolve_run(r, out) for r in run or ()]
     if as_json:
@@ -89,7 +91,8 @@ def show_(
     if len(chosen) > 2: raise UserError('show takes one run, or two to compare; for more there is: ltbook compare')
     if chosen: return show_run(chosen[0])
     runs, bad = scan_runs(out)
-    if not runs and not bad:
+    begun = [p.parent for p in sorted(out.glob('*/*/*/recipe.json')) if not (p.parent/'done.json').exists()]
+    if not runs and not bad and not begun:
         return console.print(f'No finished runs in {out}. Start one with: ltbook run mislas digits')
     results, searches = ([r for r in runs if bool(r.recipe.hold_out) == held] for held in (False, True))
     for title, some in (('finished runs', results), ('searches, measured on held-out train images', searches)):
@@ -100,9 +103,13 @@ def show_(
                 [
                     (
                         r.id,
-                        r.recipe.imbalance,
+                        'as it is' if r.recipe.imbalance is None else f'{r.recipe.imbalance:g}',
                         r.recipe.profile,
                         *(cell(k, r.metrics['final'][k]) for k in ('top1', 'few', 'ece15')))
                     for r in some],
                 ('imbalance', 'profile', 'ECE (15)', 'few'))
     for reason in bad.values(): console.print(f'left out: {reason}', soft_wrap=True)
+    for p in begun:
+        owner = busy(p)
+        console.print(f'running: {p}, by {owner}' if owner else f'not finished: {p}; go on with: {go_on(p)}',
+                      soft_wrap=True)

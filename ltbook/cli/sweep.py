@@ -26,11 +26,11 @@ def run_cells(
     more: Sequence[str] = (),  # words for every run
 ) -> None:
     "Run what is missing of a grid, and print what came out. Raises `RuntimeError` naming the runs that failed."
-    from ltbook.runs.folder import Run, find_runs
+    from ltbook.runs.folder import Run, scan_runs
     from ltbook.runs.run import prepare
     from ltbook.studies import engines, packs, sweep as sweeps
     from ltbook.train.processes import ending_on_term
-    estimate = sweeps.seconds_of(find_runs(cells[0].out))
+    estimate = sweeps.seconds_of(scan_runs(cells[0].out)[0])
     cells, looked, lost = sweeps.ordered(cells, order, estimate), set(), []
     for c in cells:      # mistakes show before a process starts, and what is finished must belong to the data at hand
         if c.finished and not isinstance(sweeps.readable(c.folder), Run): lost.append(c)      # the table says why
@@ -101,7 +101,7 @@ def sweep_(
     device: Device = 'auto',
     bare: Annotated[bool, typer.Option('--bare', help='Without the notebook.')] = False):
     "Run what is missing of a grid: inline, from a file, or one that a method brings along; the rest is left alone."
-    from ltbook.runs.folder import find_runs
+    from ltbook.runs.folder import scan_runs
     from ltbook.runs.notebook import DEFAULTS
     from ltbook.studies import grid as grids
     from ltbook.studies.engines import ENGINES, make_engine, side_by_side
@@ -117,7 +117,8 @@ def sweep_(
     apart = dict(dataset=dataset, imbalance=imbalance, profile=profile, seeds=seeds, set=changes)
     dataset, profile, seeds = dataset or DEFAULTS['dataset'], profile or DEFAULTS['profile'], seeds or '0'
     if method:
-        parse_changes(changes or [])      # raises what there is to say
+        if len(parse_changes(changes or [])) < len(changes or []):
+            raise UserError('--set gives a key twice: several values have commas, as in --set lr=.1,.2')
         given = dict(c.partition('=')[::2] for c in changes or [])
         cells = grids.grid(method, dataset, 'null' if imbalance is None else imbalance, profile, seeds,
                            {k.strip().replace('-', '_'): v for k, v in given.items()}, out)
@@ -133,11 +134,12 @@ def sweep_(
                                   grids.parse_seeds(seeds))
     cells = grids.choose(cells, only or [])
     if dry_run:
-        estimate = seconds_of(find_runs(out))
+        estimate = seconds_of(scan_runs(out)[0])
         cells = ordered(cells, order, estimate)
         left = [c for c in cells if not c.finished]
         missing = {c.id for c in left}
-        rows = [(i, c.name or ', '.join(f'{k}={v}' for k, v in c.changes.items()) or c.recipe.profile,
+        def said(c): return c.name or ', '.join([c.recipe.method, *(f'{k}={v}' for k, v in c.changes.items())])
+        rows = [(i, said(c),
                  'not run' if c.id in missing else 'finished', c.id) for i, c in enumerate(cells, 1)]
         title = f'{len(cells)} cell{"s"*(len(cells) != 1)}'
         if len(rows) <= 200: print_table(title, ('no.', 'recipe', 'state', 'run'), rows, ('no.', 'recipe'))

@@ -160,13 +160,12 @@ def parse_changes(
     option: str = '--set',  # for the message, with
     example: str = 'mixup_alpha=0.5',  # of a pair, for the message
 ) -> dict:  # key -> value
-    "Turn `--set` options into changes of a recipe. Raises `UserError` for an option without '=', or a key twice."
+    "Turn `--set` options into changes of a recipe; the last of a key counts. Raises `UserError` for one without '='."
     out = {}
     for pair in pairs:
         key, eq, value = pair.partition('=')
         if not eq: raise UserError(f'{option} takes key=value, got {pair!r}. For example: {option} {example}')
         key = key.strip().replace('-', '_')
-        if key in out: raise UserError(f'{option} gives {key} twice; in a grid several values have commas: {key}=1,2')
         try: out[key] = json.loads(value)
         except ValueError: out[key] = value
     return out

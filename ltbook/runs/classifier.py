@@ -71,7 +71,10 @@ def classifier_of(
     ("The network of a run. Raises `UserError` without weights or data, "
      "and for a method that answers with several networks.")
     check_one_network(run.recipe.method)
-    return trained_classifier(run, make_context(run.recipe, root, device))
+    try: return trained_classifier(run, make_context(run.recipe, root, device))
+    except UserError as e:
+        raise UserError(f'{e} (A run is read beside its data. What `ltbook export` wrote while they were here predicts '
+                        'without them.)') from None
 
 def trained_classifier(
     run: Run,  # finished, with weights

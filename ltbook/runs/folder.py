@@ -20,10 +20,10 @@ from ..data.checks import UserError
 from ..data.hdf5 import file_bytes, mapped
 from ..data.html import Picture, html_table
 from ..methods.method import methods
-from .environment import command
+from .environment import command, go_on
 from .keeping import verify_files
 from ..methods.recipe import Recipe, recipe_hash
-from ..train.files import Damaged, checked, read_json, read_rows
+from ..train.files import Damaged, Unreadable, checked, read_json, read_rows
 
 # %% ../../nbs/runs/62_folder.ipynb #45242d3c
 def run_id(
@@ -182,8 +182,7 @@ def load_run(
     if not (path/'recipe.json').exists():
         raise UserError(f'{path} is not a run folder: it has no recipe.json. List finished runs with: ltbook show')
     if not (path/'done.json').exists():
-        raise UserError(
-            f'The run in {path} is not finished. Start it again with the same words to go on where it stopped.')
+        raise UserError(f'The run in {path} is not finished. Go on where it stopped with: {go_on(path)}')
     try:
         recipe, metrics, env, done = (read_json(path/f'{n}.json') for n in ('recipe', 'metrics', 'env', 'done'))
         _known(recipe['method'])
@@ -201,7 +200,7 @@ def load_run(
         advice = '' if 'emove the folder' in str(e) else ' Remove the folder and run it again.'
         raise UserError(f'The run in {path} is damaged: {_reason(e)}{advice}') from None
     except (UserError, ValueError) as e:
-        raise UserError(f'The run in {path} cannot be read in this program: {_reason(e)}') from None
+        raise Unreadable(f'The run in {path} cannot be read in this program: {_reason(e)}') from None
 
 def _known(method: str) -> None:
     "Raise `UserError` for a method that no module defines which is imported here."
@@ -232,8 +231,7 @@ def in_its_place(
     run: Run,  # as loaded
 ) -> Run:  # the same
     "Raise `UserError` where a folder has another name than its run: a copy would be counted twice, or as another seed."
-    names = run.path.absolute().parts[-3:]
-    if '/'.join(names) != run.id:
+    if '/'.join(run.path.absolute().parts[-3:]) != run.id:
         raise UserError(
             f'{run.path} holds the run {run.id} under another name: remove it, or move it to a place of that name.')
     return run
@@ -258,16 +256,18 @@ def verify_run(
     folder: Path,  # of a finished run
 ) -> tuple[list[str], str]:  # what is wrong, one sentence each; what else there is to say
     "Compare a run with what was written. Weights, states and logits may be missing: git leaves them out."
-    faults, found = [], {}
+    faults, found, doubt = [], {}, []
     try: found = verify_files(folder)
     except UserError as e: faults.append(str(e))
     faults += [f'{name} was changed' for name in found.get('changed', [])]
     faults += [f'{n} is missing' for n in found.get('absent', []) if not n.endswith(('.h5', '.pt', '.safetensors'))]
     try: in_its_place(load_run(folder))
+    except Unreadable as e: doubt = [str(e).rstrip('.')]
     except UserError as e: faults = faults or [str(e)]
     same, absent, other = (len(found.get(k, [])) for k in ('same', 'absent', 'unlisted'))
     notes = [f'{same} files as written' if same else UNLISTED]
-    return faults, ', '.join(notes + [f'{n} {t}' for n, t in ((absent, 'not here'), (other, 'not of the run')) if n])
+    notes += [f'{n} {t}' for n, t in ((absent, 'not here'), (other, 'not of the run')) if n]
+    return faults, ', '.join(notes + doubt)
 
 # %% ../../nbs/runs/62_folder.ipynb #176716da
 def run_folder(
@@ -280,9 +280,9 @@ def run_folder(
     known = ['/'.join(p.parts[-4:-1]) for p in sorted(out.glob('*/*/*/recipe.json'))]
     near = get_close_matches(text, known, 3, 0.5)
     raise UserError(
-        f'There is no run {text!r} here.'
+        f'There is no run {text!r} in {out.absolute()}.'
         + (f' Did you mean {" or ".join(near)}?' if near else '')
-        + ' List finished runs with: ltbook show')
+        + ' List finished runs with: ltbook show; look elsewhere with: --out FOLDER')
 
 def resolve_run(
     text: str,  # path of a folder, or dataset/method/seed-hash

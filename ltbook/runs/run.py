@@ -214,6 +214,7 @@ def _begin(context: Context, folder: Path, start: Callable[[], Run], say, sharin
     if recipe.start and not (folder/'stage1.safetensors').exists():
         check_start(start(), context)
         copy_stage1(start(), folder)
+        say(f'The first stage is taken over from {recipe.start}.')
     return sessions
 
 def _run(context: Context, folder: Path, start: Callable[[], Run], lock, report, on_step, say, sharing) -> None:

@@ -26,7 +26,7 @@ def parse_seeds(
     for part in text.split(','):
         first, dots, last = (p.strip() for p in part.partition('..'))
         if not (first.isdecimal() and (last.isdecimal() if dots else not last)):
-            raise UserError(f'--seeds takes a range or a list of whole numbers, got {text!r}. '
+            raise UserError(f'--seeds takes a range or a list of whole numbers from 0 on, got {text!r}. '
                             'For example: --seeds 0..7 or --seeds 0,1,2')
         a, b = int(first), int(last if dots else first)
         if b < a or b - a >= 1000:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from ..data.checks import UserError
 from ..data.profile import long_tail_counts
+from ..methods.recipe import Recipe
 from ..runs.folder import Run
 from .compare import own_changes, seeds_together
 
@@ -69,7 +70,8 @@ def leaderboard(
         seconds = [r.env.get('train_seconds') for r in same]
         rows.append(dict(
             dataset=first.dataset, imbalance=first.imbalance, profile=first.profile, method=first.method,
-            changes=own_changes(first), stage=same[0].metrics['final']['stage'], seeds=len(same),
+            changes=', '.join(filter(None, (own_changes(first), _from(first)))),
+            stage=same[0].metrics['final']['stage'], seeds=len(same),
             **every.mean(skipna=False),
             **{f'{k}_sd': v for k, v in (every.std() if len(same) > 1 else every.iloc[0]*float('nan')).items()},
             epochs=_epochs(same[0]), minutes=None if None in seconds else float(np.mean(seconds))/60,
@@ -77,6 +79,8 @@ def leaderboard(
     table = pd.DataFrame(rows, columns=list(BOARD))
     return table.sort_values(['dataset', 'imbalance', 'profile', 'top1'], ascending=[True, True, True, False],
                              ignore_index=True)
+
+def _from(r: Recipe) -> str: return f'from {r.start.split("/")[1]}' if r.start else ''
 
 def _epochs(run: Run) -> int | None:
     try: return len(run.history)

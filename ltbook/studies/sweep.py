@@ -61,7 +61,9 @@ def forecast(
     known = [s for c in cells if (s := estimate(c)) is not None]
     if not known: return f'{len(cells)} to run; no finished run tells how long they take.'
     more = f', and {len(cells) - len(known)} of unknown length' if len(known) < len(cells) else ''
-    return f'{len(cells)} to run, {slots} at a time: about {sum(known)/slots/60:,.0f} minutes{more}.'
+    minutes = round(sum(known)/slots/60)
+    long = 'less than a minute' if minutes < 1 else f'about {minutes:,} minute{"s"*(minutes > 1)}'
+    return f'{len(cells)} to run, {slots} at a time: {long}{more}.'
 
 # %% ../../nbs/studies/694_sweep.ipynb #ed0382b1
 def sweep(

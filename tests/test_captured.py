@@ -1,5 +1,6 @@
 ("The captured step is the ordinary step: same numbers, nothing asked of "
  "the device, nothing that only the loop would notice")
+import copy
 import gc
 import json
 import sys
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from ltbook.methods.method import get_method
 from ltbook.runs.folder import run_id
 from ltbook.methods.recipe import Recipe, recipe, recipe_hash
 from ltbook.runs.run import make_context
+from ltbook.train import captured
 from ltbook.train.captured import CapturedStep, Replay, TensorSGD, can_capture, captured_step, host_questions
 from ltbook.train.compute import Compute, find_device
 from ltbook.train.loop import NonFiniteLoss, fit, predict, train_epoch
@@ -384,12 +387,23 @@ def test_who_fits():
         replace(stage, view=lambda i, rng: {}),
         replace(stage, view=PlainView.__call__),
         replace(own, recordable=True, view=lambda i, rng: {})]
+    for k, v in (('workers', 2), ('recordable', False)):
+        view = copy.copy(stage.view)
+        view.__class__ = type('View', (TrainView,), {k: v})
+        not_these.append(replace(stage, view=view))
     assert not any(map(can_capture, not_these))
     for s in not_these:
         assert captured_step(s, None, Compute(capture=True)) is None
         with pytest.raises(UserError, match='cannot be captured'): CapturedStep(s, None, Compute())
     with pytest.raises(UserError, match='dampening'):
         TensorSGD(torch.optim.SGD(stage.network.parameters(), lr=0.1, momentum=0.9, dampening=0.1))
+
+
+def test_several_processes_are_not_captured(monkeypatch):
+    "They exchange gradients between the backward pass and the step"
+    stage = stage_of('cross_entropy')
+    monkeypatch.setattr(captured, 'here', lambda: SimpleNamespace(count=2))
+    assert not can_capture(stage)
 
 
 def test_fit_falls_back():

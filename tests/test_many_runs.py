@@ -18,8 +18,10 @@ from ltbook.data.shift import PROTOCOLS
 from ltbook.data.stores import ImageSet
 from ltbook.data.random_views import FixedViews, RandomViews
 from ltbook.methods.class_balanced_experts import expert_classes
+from ltbook.methods.method import context_of
 from ltbook.methods.recipe import recipe, recipe_hash
 from ltbook.runs.classifier import classifier_of
+from ltbook.runs.cost import cost, image_bytes
 from ltbook.runs.environment import command
 from ltbook.runs.export import export, from_export, model_card
 from ltbook.runs.folder import Run, load_run, verify_run
@@ -402,3 +404,14 @@ def test_warnings_of_runs_that_a_sweep_does_not_ask_for(out, tmp_path):
     assert got.exit_code == 0 and 'Warning' not in got.output and 'Nothing left to run' in got.output
     told = ltbook('report', '--to', tmp_path/'r.html', '--out', tmp_path/'o')
     assert told.exit_code == 0 and 'left out' in told.output
+
+
+def test_the_cost_of_a_run_is_that_of_its_largest_images_and_of_the_steps_it_takes(tmp_path):
+    def of(**changes): return cost(context_of(recipe('mislas', 'digits', epochs=9, **changes)))
+    plain, growing, few = of(), of(first_side=4), of(max_steps=2)
+    assert growing.flops == plain.flops and growing.images == plain.images
+    assert few.images == 2*recipe('mislas', 'digits').batch_size < plain.images
+    files = [tmp_path/f'{k}' for k in range(5)]
+    for k, f in enumerate(files): f.write_bytes(b'x'*100*k)
+    store = SimpleNamespace(files=np.array(files))
+    assert image_bytes(SimpleNamespace(store=store)) == 200 and image_bytes(SimpleNamespace(store=store), 2) == 200

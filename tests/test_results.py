@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.notebook import recipe_of
 from ltbook.studies.compare import compare
+from ltbook.studies.leaderboard import run_ids
 
 ROOT = Path(__file__).parent.parent
 MEASURES = {'many': 'many', 'medium': 'medium', 'few': 'few', 'all': 'top1', 'ECE': 'ece15', 'Brier': 'brier'}
@@ -118,3 +120,22 @@ def test_readme_is_short_and_its_links_lead_somewhere():
     for page in (ROOT/'README.md', ROOT/'outputs'/'README.md', ROOT/'CONTRIBUTING.md'):
         for link in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
             if not link.startswith('http'): assert (page.parent/link).exists(), (page.name, link)
+
+
+def test_verdicts_of_the_fast_profile_are_of_runs_without_changes():
+    table = compare(find_runs(ROOT/'outputs'))
+    fast = table[table.profile == 'fast']
+    own = fast.changes.map(lambda t: [c for c in t.split(', ') if c and not c.startswith('precision')])
+    changed = fast[own.map(len) > 0]
+    assert len(changed) and not changed.verdict.isin(['reached', 'not reached']).any()
+    assert fast[own.map(len) == 0].verdict.isin(['reached', 'not reached']).any()
+
+
+def test_spread_of_three_seeds():
+    runs, n = {r.id: r for r in find_runs(ROOT/'outputs')}, 0
+    for row in compare(runs.values()).itertuples():
+        if row.seeds < 3: continue
+        values = [100*runs[i].metrics[row.stage][row.measure] for i in run_ids(row.runs)]
+        assert row.sd == pytest.approx(statistics.stdev(values)) and row.ours == pytest.approx(statistics.fmean(values))
+        n += 1
+    assert n > 10

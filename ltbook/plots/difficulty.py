@@ -104,7 +104,7 @@ def plot_weights_difficulty(
     ax, order = house_axes(ax, (4.0, 3.2)), np.argsort(difficulty)
     for i, (name, w) in enumerate(references.items()):
         ax.plot(np.asarray(difficulty)[order], np.asarray(w)[order], color=COLORS[i % len(COLORS)],
-                linewidth=1.1, linestyle=('-', '--')[i % 2], label=name)
+                linewidth=1.3, linestyle=('-', '--', '-.', ':')[i % 4], label=name)
     ax.scatter(difficulty, weights, s=16, c='0.2' if counts is None else _rank_colors(counts),
                edgecolors='0.3', linewidths=0.3, zorder=3)
     ax.set(xlabel='$1 - A_c$', ylabel='class weight', ylim=(0, None))
@@ -206,5 +206,5 @@ def plot_scales(
         right, order = _grey_axis(ax, r'smoothing $\varepsilon_c$'), np.argsort(counts)
         right.plot(np.asarray(counts)[order], np.asarray(smoothing)[order], color='0.6', linewidth=1.3)
         right.set(ylim=(0, None))
-    ax.legend(loc='best', fontsize='small', framealpha=0.7, edgecolor='none', handletextpad=0.2)
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), fontsize='small', frameon=False, handletextpad=0.2)
     return ax

@@ -77,6 +77,7 @@ def test_lines_of_train_and_test_images_are_told_apart():
 def test_the_area_of_a_density_is_the_share_that_is_seen():
     rng = np.random.default_rng(0)
     ax = plot_likelihoods(dict(train=rng.normal(0, 1, 2000), test=np.concatenate([[-50.]*900, [0.]*100]), none=[-50.]))
-    area = {p.get_label(): np.abs(np.trapezoid(*p.get_xy().T[::-1])) for p in ax.patches}
+    def under(x, y): return abs(((y[1:] + y[:-1])/2*np.diff(x)).sum())
+    area = {p.get_label(): under(*p.get_xy().T) for p in ax.patches}
     plt.close(ax.figure)
     assert area['train'] == pytest.approx(.95, abs=.01) and area['test'] == pytest.approx(.1) and area['none'] == 0

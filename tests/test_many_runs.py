@@ -1,5 +1,5 @@
 "Many runs and other machines: what belongs together, what is removed, what a card or a version is in the way of"
-import errno, json, os, shutil
+import errno, json, os, shlex, shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from hashlib import sha256
@@ -22,7 +22,7 @@ from ltbook.methods.method import context_of
 from ltbook.methods.recipe import recipe, recipe_hash
 from ltbook.runs.classifier import classifier_of
 from ltbook.runs.cost import cost, image_bytes
-from ltbook.runs.environment import command
+from ltbook.runs.environment import command, go_on
 from ltbook.runs.export import export, from_export, model_card
 from ltbook.runs.folder import Run, load_run, verify_run
 from ltbook.runs.published import beside_the_paper, differs, printed_for
@@ -34,6 +34,7 @@ from ltbook.studies.leaderboard import leaderboard, run_ids
 from ltbook.studies.report import anchor, report
 from ltbook.studies.shift import cli_shift
 from ltbook.train.files import write_json
+from ltbook.train.ranks import Sharing
 
 
 def ltbook(*words): return CliRunner().invoke(app, [*map(str, words)], env=dict(COLUMNS='300'))
@@ -242,7 +243,8 @@ def test_a_blank_in_the_name_of_a_data_set(out, tmp_path):
     one = load_run(next(out.glob('digits/cross_entropy/*')))
     run = replace(one, recipe=one.recipe.model_copy(update=dict(dataset='my birds')),
                   path=Path(shutil.copytree(one.path, tmp_path/'my birds'/'cross_entropy'/one.path.name)))
-    assert run_ids(f'{one.id} {run.id}') == [one.id, run.id] and run_ids('') == []
+    odd = ['x-12345678 y/mislas/0-abcdefab', 'b/c/1-12345678']
+    assert run_ids(f'{one.id} {run.id}') == [one.id, run.id] and run_ids('') == [] and run_ids(' '.join(odd)) == odd
     page = report([one, run], tmp_path/'r.html').read_text()
     assert anchor(run.id) in page and f'{run.id}: ' in page
 
@@ -281,7 +283,17 @@ def test_numbers_out_of_range(words):
     assert got.exit_code == 2 and 'Invalid value' in got.output and words[-2] in got.output
 
 
+def test_commands_go_on_with_batches_cut_as_they_were(tmp_path):
+    place = tmp_path/'digits'/'mislas'/'0-00000000'
+    place.mkdir(parents=True)
+    write_json(place/'recipe.json', json.loads(recipe('mislas', 'digits').model_dump_json()))
+    write_json(place/'sessions.json', dict(sessions=[dict(sharing=Sharing(1, 4, 'each').about(128))]))
+    assert ' --accumulate 4 --batchnorm each --out ' in go_on(place) and '--processes' not in go_on(place)
+
+
 def test_a_list_in_brackets_is_one_value():
+    several = grid('depth_balpoe', changes=dict(taus='[0,1,2],[1,1,1]'))
+    assert [c.recipe.settings.taus for c in several] == [(0, 1, 2), (1, 1, 1)]
     [cell] = grid('mislas', changes=dict(drops='[.6,.8]'))
     assert cell.recipe.drops == recipe('mislas', drops='[.6,.8]').drops == (.6, .8)
 
@@ -298,25 +310,35 @@ def test_advice_by_what_went_wrong(number, advice, monkeypatch):
 def test_what_is_left_of_a_removal_is_no_run(out, tmp_path, monkeypatch):
     place = tmp_path/'digits'/'cross_entropy'/next(out.glob('digits/cross_entropy/*')).name
     shutil.copytree(next(out.glob('digits/cross_entropy/*')), place)
-    link = tmp_path/'link'
-    link.symlink_to(place)
     monkeypatch.setattr('shutil.rmtree', lambda p: None)      # cut off
-    assert ltbook('rm', '-y', link, '--out', tmp_path).exit_code == 0
-    assert place.exists() and not link.exists() and 'not finished' in ltbook('show', '--out', tmp_path).output
+    assert ltbook('rm', '-y', place, '--out', tmp_path).exit_code == 0
+    assert place.exists() and 'not finished' in ltbook('show', '--out', tmp_path).output
 
 
-def test_programs_hear_what_is_left_out(out, tmp_path):
+def test_a_link_is_removed_and_what_it_leads_to_stays(out, tmp_path):
+    place = next(out.glob('digits/cross_entropy/*'))
+    link = tmp_path/'digits'/'cross_entropy'/place.name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(place.absolute())
+    got = ltbook('rm', '-y', link, '--out', tmp_path)
+    assert got.exit_code == 0 and 'the link' in got.output and not link.exists() and (place/'done.json').exists()
+
+
+def test_programs_hear_what_is_left_out(out, tmp_path, capsys):
     shutil.copytree(out, tmp_path/'o')
     (next((tmp_path/'o').glob('digits/sade/*'))/'metrics.json').write_text('{')
     for words in (['compare', '--leaderboard', '--format', 'csv'], ['show', '--json']):
-        got = CliRunner().invoke(app, [*words, '--out', str(tmp_path/'o')])
-        assert got.exit_code == 0 and 'left out' in got.stderr and 'left out' not in got.stdout
+        app([*words, '--out', str(tmp_path/'o')], standalone_mode=False)
+        told = capsys.readouterr()
+        assert 'left out' in told.err and told.out and 'left out' not in told.out
 
 
 def test_the_first_stage_is_taken_over_from_where_it_lies(out, tmp_path):
     one = load_run(next(out.glob('digits/cross_entropy/*')))
+    shutil.copytree(one.path, tmp_path/one.id)
     took = run(recipe('crt', 'digits', profile='smoke', start=one.id), tmp_path, device='cpu', start=one)
-    assert f'--from {tmp_path}/{one.id}' in load_run(took).again
+    words = shlex.split(load_run(took).again)
+    assert Path(words[words.index('--from') + 1]).samefile(tmp_path/one.id)
 
 
 def test_time_of_all_sittings(out):
@@ -359,16 +381,21 @@ def test_runs_of_a_method_from_elsewhere_are_as_written(out, tmp_path):
     place = shutil.copytree(next(out.glob('digits/cross_entropy/*')), tmp_path/'digits'/'mine'/'0-00000000')
     listed = json.loads((place/'done.json').read_text())
     write_json(place/'recipe.json', json.loads((place/'recipe.json').read_text()) | dict(method='mine'))
+    listed['run'] = 'digits/mine/0-00000000'
     listed['files']['recipe.json'] = sha256((place/'recipe.json').read_bytes()).hexdigest()
     write_json(place/'done.json', listed)
     faults, notes = verify_run(place)
     assert faults == [] and 'add --import' in notes and 'files as written' in notes
     assert ltbook('verify', '--out', tmp_path).exit_code == 0
+    moved = shutil.copytree(place, tmp_path/'digits'/'mine'/'1-00000000')
+    assert verify_run(moved)[0] and ltbook('verify', '--out', tmp_path).exit_code == 1
+    shutil.rmtree(moved)
     (place/'env.json').write_text('{}')
     assert verify_run(place)[0] and ltbook('verify', '--out', tmp_path).exit_code == 1
 
 
-def test_what_is_not_finished_is_listed_with_its_command(tmp_path):
+def test_what_is_not_finished_is_listed_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.delenv('LTBOOK_IMPORT', raising=False)
     class Cut(Exception): pass
     def stop(row): raise Cut
     with pytest.raises(Cut):
@@ -378,6 +405,8 @@ def test_what_is_not_finished_is_listed_with_its_command(tmp_path):
     [place] = tmp_path.glob('digits/mislas/*')
     got = ltbook('eval', place, '--out', tmp_path)
     assert got.exit_code == 2 and words in got.output
+    monkeypatch.chdir(place)      # a short name of it
+    assert words in ltbook('eval', '.').output
     assert ltbook(*words.split()[1:], tmp_path, '--bare').exit_code == 0 and (place/'done.json').exists()
 
 

@@ -87,16 +87,19 @@ def rm_(
     out: Out = Path('outputs')):
     "Remove the folder of a run, finished or not, after asking. One that is being written is left alone."
     folder = _to_remove(run, out)
+    if folder.is_symlink():      # what it leads to is somebody else's
+        if not yes and not typer.confirm(f'Remove the link {folder}, and leave what it leads to?'):
+            return console.print('Left alone.')
+        folder.unlink()
+        return console.print(f'removed the link {folder}', soft_wrap=True)
     _check_idle(folder)
     files = [p for p in folder.rglob('*') if p.is_file()]
     size = sum(p.stat().st_size for p in files)/1e6
     if not yes and not typer.confirm(f'Remove {folder}: {len(files)} files, {size:.1f} MB?'):
         return console.print('Left alone.')
     _check_idle(folder)      # somebody may have gone on with it meanwhile
-    place = folder.resolve()      # a link goes with what it leads to
-    (place/'done.json').unlink(missing_ok=True)      # first: what is left of a removal that is cut off is no run
-    shutil.rmtree(place)
-    if folder.is_symlink(): folder.unlink()
+    (folder/'done.json').unlink(missing_ok=True)      # first: what is left of a removal that is cut off is no run
+    shutil.rmtree(folder)
     console.print(f'removed {folder}', soft_wrap=True)
 
 # %% ../../nbs/cli/794_compare.ipynb #440ce179

@@ -34,11 +34,11 @@ def _probabilities(
     logits: Tensor,  # (n, C) of unlabelled test images
 ) -> Tensor:  # (n, C) float64
     "Softmax of what a distribution is estimated from. Raises `UserError` where there is nothing, or not a number."
-    p = logits.double().softmax(1) if logits.ndim == 2 and len(logits) else logits
-    if logits.ndim != 2 or not len(logits) or p.isnan().any():
-        raise UserError(
-            'A label distribution is estimated from logits of shape (n, C), n > 0, without nan; '
-            f'these have shape {tuple(logits.shape)}' + (' and some are nan.' if len(logits) else '.'))
+    if logits.ndim != 2 or not logits.numel():
+        raise UserError('A label distribution is estimated from logits of shape (n, C), n > 0; '
+                        f'these have shape {tuple(logits.shape)}.')
+    p = logits.double().softmax(1)
+    if p.isnan().any(): raise UserError('Some logits are nan: look at the training, it has probably diverged.')
     return p
 
 # %% ../../nbs/measure/35_label_shift.ipynb #155dc24a
@@ -82,15 +82,14 @@ def estimate_power(
 
     Raises `UserError` for a class without images, no test images, or nan.
     """
-    p = _probabilities(logits)
     counts = torch.as_tensor(counts, device=logits.device).double()
     if counts.min() <= 0: raise UserError('A power of the train counts needs every class; one has no images.')
     if counts.min() == counts.max(): return trained_for      # all powers are the same
     tried = trained_for + torch.arange(-100, 101, device=logits.device).double()/50
     ratio = torch.stack([power_prior(counts, g) for g in tried], 1)/power_prior(counts, trained_for)[:, None]
-    likelihood = sum((part @ ratio).log().sum(0) for part in p.split(4096))
+    likelihood = sum((_probabilities(z) @ ratio).log().sum(0) for z in logits.split(4096))
     # equal but for rounding
-    best = tried[likelihood >= likelihood.max() - 1e-9*len(p)] - trained_for
+    best = tried[likelihood >= likelihood.max() - 1e-9*len(logits)] - trained_for
     off = best[best.abs().argmin()].item()
     return trained_for + math.copysign(max(abs(off) - slack, 0.0), off)
 

@@ -71,7 +71,7 @@ def fit_scaling(
 ) -> Scaling:  # on the CPU
     """Maximum likelihood by L-BFGS (Guo et al., ICML 2017), drawn towards no change.
 
-    Raises `UserError` for an unknown kind, groups without counts, other sizes, or logits that are not finite.
+    Raises `UserError` for an unknown kind, groups without counts, other sizes, and for logits or weights that can't be.
     """
     z, y = (v.cpu() for v in as_predictions(logits, labels))
     z, C = z.double(), z.shape[1]
@@ -79,6 +79,8 @@ def fit_scaling(
     one_of(kind, KINDS, 'scaling')
     if not z.isfinite().all(): raise UserError('Some logits are nan or infinite; a scale can be fitted to finite ones.')
     if w.shape != y.shape: raise UserError(f'{len(y)} images need as many weights; these have shape {tuple(w.shape)}.')
+    if not (w >= 0).all() or not 0 < w.sum() < np.inf:
+        raise UserError('Weights of images are 0 or more, and not all 0.')
     if kind == 'group' and (counts is None or len(counts) != C):
         raise UserError(f'A temperature for each group needs the train counts of {C} classes.')
     place = torch.zeros(C, dtype=torch.int64)      # of the scale of every class
@@ -132,7 +134,8 @@ def smooth_calibration_error(
 ) -> float:  # 0..1
     """Smooth ECE: the width at which the smoothed error equals the width (Blasiok and Nakkiran, ICLR 2024).
 
-    Raises `UserError` for other sizes, no samples, or a confidence outside 0..1.
+    Below .002 it is the error smoothed with that width, which is at most the true one. Raises `UserError` for other
+    sizes, no samples, or a confidence outside 0..1.
     """
     def error(sigma): return float(torch.trapezoid(smooth_residual(confidence, correct, sigma).abs(), dx=1/1000))
     low, high = 2e-3, 1.      # two steps of the grid; a smaller error is measured at that width

@@ -20,7 +20,7 @@ from ..data.checks import UserError
 from ..data.hdf5 import file_bytes, mapped
 from ..data.html import Picture, html_table
 from ..methods.method import methods
-from .environment import command, go_on
+from .environment import command, go_on, home_of
 from .keeping import verify_files
 from ..methods.recipe import Recipe, recipe_hash
 from ..train.files import Damaged, Unreadable, checked, read_json, read_rows
@@ -39,11 +39,10 @@ def open_folder(
 ) -> Path:  # out/dataset/method/seed-hash
     "Make the folder of a run. Raises `UserError` if it can't be made."
     folder = Path(out)/run_id(recipe)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(
-            f'Cannot make the run folder under {out}: {e.strerror}. Choose another place with --out.') from None
+        raise UserError(f'Cannot make the run folder under {out}: {e.strerror}. '
+                        'Choose another place with --out.') from None
     return folder
 
 # %% ../../nbs/runs/62_folder.ipynb #ce7e87cf
@@ -82,7 +81,7 @@ class Run:
     @property
     def again(self) -> str:
         "The command that makes the run once more, in another place: from its recipe, as defaults may have changed."
-        return command(self.recipe, self.path.parents[2]) + ' --out again'
+        return command(self.recipe, home_of(self.path)) + ' --out again'
 
     @property
     def figures(self) -> list[Path]:
@@ -242,8 +241,7 @@ def find_runs(
     hold_out: int | None = 0,
     **wanted,  # fields of the recipe that must be equal, e.g. dataset='cifar100'
 ) -> list[Run]:  # finished runs, sorted by name; empty if there are none
-    ("All finished runs under a folder. One that can't be read (damaged, or of "
-     "a method unknown here) is left out with a warning.")
+    "All finished runs under a folder. One that can't be read, as its method is unknown, is left out with a warning."
     runs, bad = scan_runs(root)
     for reason in bad.values(): warnings.warn(reason, stacklevel=2)
     if hold_out is not None: wanted = wanted | dict(hold_out=hold_out)
@@ -262,7 +260,10 @@ def verify_run(
     faults += [f'{name} was changed' for name in found.get('changed', [])]
     faults += [f'{n} is missing' for n in found.get('absent', []) if not n.endswith(('.h5', '.pt', '.safetensors'))]
     try: in_its_place(load_run(folder))
-    except Unreadable as e: doubt = [str(e).rstrip('.')]
+    except Unreadable as e:
+        named = read_json(folder/'done.json').get('run') if 'recipe.json' in found.get('same', []) else None
+        if named == '/'.join(folder.absolute().parts[-3:]): doubt = [str(e).rstrip('.')]
+        else: faults = faults or [str(e)]
     except UserError as e: faults = faults or [str(e)]
     same, absent, other = (len(found.get(k, [])) for k in ('same', 'absent', 'unlisted'))
     notes = [f'{same} files as written' if same else UNLISTED]
@@ -279,8 +280,7 @@ def run_folder(
         if any((place/n).exists() for n in ('recipe.json', 'done.json')): return place
     known = ['/'.join(p.parts[-4:-1]) for p in sorted(out.glob('*/*/*/recipe.json'))]
     near = get_close_matches(text, known, 3, 0.5)
-    raise UserError(
-        f'There is no run {text!r} in {out.absolute()}.'
+    raise UserError(f'There is no run {text!r} in {out.absolute()}.'
         + (f' Did you mean {" or ".join(near)}?' if near else '')
         + ' List finished runs with: ltbook show; look elsewhere with: --out FOLDER')
 

@@ -42,12 +42,14 @@ def _value(text: str):
 def many(
     given: object,  # a list; a word, or several with commas; any other value
 ) -> list:  # of values
-    "The values that somebody asks for. What is JSON, or begins with a bracket, is one value."
+    "The values that somebody asks for. What is JSON is one value; lists in brackets may follow each other."
     if isinstance(given, (list, tuple)): return list(given)
     if not isinstance(given, str): return [given]
     whole = _value(given)
-    one = not isinstance(whole, str) or whole[:1] in ('[', '(')
-    return [whole] if one else [_value(part) for part in given.split(',')]
+    if not isinstance(whole, str): return [whole]
+    if whole[:1] not in ('[', '('): return [_value(part) for part in given.split(',')]
+    lists = _value(f'[{whole}]')      # several of them, or one that only a recipe can read
+    return lists if isinstance(lists, list) else [whole]
 
 # %% ../../nbs/studies/681_grid.ipynb #89f56338
 def names(

@@ -57,7 +57,7 @@ def run_ids(
     text: str,  # of a column `runs`
 ) -> list[str]:  # dataset/method/seed-hash
     "The runs that a row of a table names. A name of a data set may have blanks, and every run ends with its hash."
-    return re.findall(r'\S.*?-[0-9a-f]{8}(?= |$)', text)
+    return re.findall(r'\S[^/]*/[^/]+/\d+-[0-9a-f]{8}(?= |$)', text)
 
 def leaderboard(
     runs: Iterable[Run],  # finished; seeds of one recipe are put together

@@ -280,7 +280,7 @@ def run_folder(
         if any((place/n).exists() for n in ('recipe.json', 'done.json')): return place
     known = ['/'.join(p.parts[-4:-1]) for p in sorted(out.glob('*/*/*/recipe.json'))]
     near = get_close_matches(text, known, 3, 0.5)
-    raise UserError(f'There is no run {text!r} in {out.absolute()}.'
+    raise UserError(f'There is no run {text!r} in {out}.'
         + (f' Did you mean {" or ".join(near)}?' if near else '')
         + ' List finished runs with: ltbook show; look elsewhere with: --out FOLDER')
 

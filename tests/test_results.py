@@ -11,7 +11,7 @@ import pytest
 from ltbook.runs.folder import find_runs, load_run, run_id
 from ltbook.runs.notebook import recipe_of
 from ltbook.studies.compare import compare
-from ltbook.studies.leaderboard import run_ids
+from ltbook.studies.leaderboard import leaderboard, run_ids
 
 ROOT = Path(__file__).parent.parent
 MEASURES = {'many': 'many', 'medium': 'medium', 'few': 'few', 'all': 'top1', 'ECE': 'ece15', 'Brier': 'brier'}
@@ -139,3 +139,9 @@ def test_spread_of_three_seeds():
         assert row.sd == pytest.approx(statistics.stdev(values)) and row.ours == pytest.approx(statistics.fmean(values))
         n += 1
     assert n > 10
+
+
+def test_pages_of_all_runs_have_runs():
+    "Their own assertions hold for an empty folder, too"
+    board = leaderboard(find_runs(ROOT/'outputs', dataset='cifar100', imbalance=100., profile='fast'))
+    assert len(board) > 15 and ((board.method == 'cross_entropy') & (board.changes == '')).any()

@@ -25,7 +25,7 @@ def _draw(
     "A line through the values of one column that are there."
     there = history[column].reset_index(drop=True).dropna()
     marker = '.' if len(there) <= 40 else None
-    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, **{'label': column} | style)
+    ax.plot(there.index + 1, there, marker=marker, markersize=4, linewidth=1.3, **dict(label=column) | style)
 
 def _mark_stages(
     stages: pd.Series,  # name of the stage in each row

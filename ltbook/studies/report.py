@@ -260,7 +260,8 @@ def report(
     if not runs: raise UserError('There is no finished run to report; start one with: ltbook run mislas digits')
     results = [r for r in runs if not r.recipe.hold_out] or runs
     held_out = results[0].recipe.hold_out > 0      # nothing but searches
-    bad = [*bad, *(f'{r.id} is a search, measured on held-out train images.' for r in runs if r not in results)]
+    bad = [*bad, *(f'{r.id} is a search, measured on held-out train images.' for r in runs
+             if r.recipe.hold_out and not held_out)]
     by, board = {r.id: r for r in results}, leaderboard(results)
     drawn = board.sort_values('top1', ascending=False).index[:most]
     groups = []
